@@ -1,0 +1,92 @@
+"""The configuration of a run: plain dataclasses, made by `get_config()` in configs/, overridden field by field by flags."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
+from orchestra_jax.experts.world import WorldConfig
+from orchestra_jax.generation.jax_engine import JaxEngineConfig
+from orchestra_jax.grpo.train_step import OptimizerConfig
+
+
+@dataclasses.dataclass
+class DataConfig:
+    num_tasks_per_cell: int = 300  # training tasks of each family and kind
+    num_test_tasks_per_cell: int = 60
+    corpus_path: str = ""  # a JSONL file or a folder of text; empty: built from the tables
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class PromptConfig:
+    """How prompts are written: see chat.RENDERINGS. Any tokenizer directory of the Qwen3 family serves."""
+
+    tokenizer_directory: str = str(SMALL_TOKENIZER_DIRECTORY)
+    rendering: str = "compact"
+
+
+@dataclasses.dataclass
+class EpisodeConfig:
+    max_turn_tokens: int = 40
+    max_tokens: int = 192  # prompt and all turns
+    calls_per_turn: int = 1
+    temperature: float = 1.0
+    tool_timeout_s: float = 30.0
+
+
+@dataclasses.dataclass
+class WarmStartConfig:
+    """Supervised steps on demonstrations with a random route."""
+
+    num_steps: int = 300
+    num_groups: int = 16
+    group_size: int = 4
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3))
+
+
+@dataclasses.dataclass
+class GrpoConfig:
+    num_steps: int = 150
+    num_groups: int = 32  # instances a step
+    group_size: int = 8  # rollouts of each
+    groups_per_micro_batch: int = 8
+    max_prompt_tokens: int = 128
+    completion_buckets: tuple[int, ...] = (64, 96)
+    num_updates: int = 1  # optimizer steps on each batch
+    range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
+    divide_by_std: bool = True
+    min_group_std: float = 0.1  # the homogeneity filter
+    advantage_clip: float = 3.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 10.0
+    correction_clip: float = 2.0
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    aggregation: str = "rollout_mean"
+    logprob_chunk: int = 4096
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=6e-4))
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    num_per_preference: int = 300
+    seed: int = 1_000_000
+
+
+@dataclasses.dataclass
+class RunConfig:
+    seed: int = 0
+    model: str = "quickstart"  # a key of models.config.MODELS
+    engine: str = "jax"
+    checkpoint_every: int = 50  # GRPO steps
+    keep_checkpoints: int = 2
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
+    jax_engine: JaxEngineConfig = dataclasses.field(default_factory=JaxEngineConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

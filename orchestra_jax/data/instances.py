@@ -1,0 +1,43 @@
+"""Makes an instance of a task: which experts are on offer, at which price and latency, under which preference.
+
+Price level and latency are drawn independently per expert. Published prices and latencies are correlated, and then one
+policy could please every preference at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from orchestra_jax.data.records import Instance, Offer, Preference, Task
+from orchestra_jax.experts.catalog import EXPERTS
+from orchestra_jax.experts.world import WorldConfig
+from orchestra_jax.seeds import derive_seed
+
+
+def draw_offers(config: WorldConfig, seed: int) -> tuple[Offer, ...]:
+    """`num_offered` experts in catalog order, at least one of them local, each with its own price level and latency."""
+    rng = np.random.default_rng(seed)
+    local = [index for index, expert in enumerate(EXPERTS) if expert.is_local]
+    first = int(rng.choice(local))
+    others = [index for index in range(len(EXPERTS)) if index != first]
+    chosen = sorted([first, *rng.choice(others, size=config.num_offered - 1, replace=False).tolist()])
+    offers = []
+    for index in chosen:
+        price = float(rng.choice(config.price_levels_usd_per_million_tokens))
+        latency_s = float(rng.choice(config.latency_levels_s))
+        expert = EXPERTS[index]
+        offers.append(Offer(expert.alias, expert.model, expert.is_local, price, price, latency_s))
+    return tuple(offers)
+
+
+def make_instance(task: Task, preference: Preference, config: WorldConfig, seed: int) -> Instance:
+    """The instance of `task` under `preference` for a draw `seed`. The offers depend on the seed and task alone, so that
+    the same draw under another preference differs in nothing else."""
+    draw = derive_seed(seed, task.task_id)
+    return Instance(
+        instance_id=f"{task.task_id}/{preference.name}/{seed}",
+        task=task,
+        preference=preference,
+        offers=draw_offers(config, draw),
+        seed=draw,
+    )

@@ -1,0 +1,67 @@
+"""Demonstrations for the warm start: real episodes whose route is drawn without looking at question, price or preference.
+
+At each turn a tool uniformly, then an expert on offer uniformly; the last call that is allowed is `answer`. This is the
+random policy of evaluation/oracle.py. The first turn opens with a thought that restates the prompt and recommends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from orchestra_jax import chat as chat_format
+from orchestra_jax.chat import Chat
+from orchestra_jax.data.records import Instance
+from orchestra_jax.environments.environment import Environment
+from orchestra_jax.environments.question_answering import restate
+from orchestra_jax.environments.rollout import RolloutConfig, run_episode
+from orchestra_jax.experts.catalog import ROLES
+from orchestra_jax.generation.scripted_engine import ScriptedEngine
+from orchestra_jax.seeds import derive_seed
+from orchestra_jax.types import ToolCall, TrajectoryGroup
+
+
+def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Generator) -> ToolCall:
+    """The call of one turn of a random route."""
+    tool = "answer" if turn + 1 == max_calls else ROLES[int(rng.integers(len(ROLES)))]
+    offer = instance.offers[int(rng.integers(len(instance.offers)))]
+    return ToolCall(tool, {"model": offer.alias})
+
+
+def demonstrate(
+    instances: Sequence[Instance], group_size: int, environment: Environment, chat: Chat, config: RolloutConfig, seed: int
+) -> list[TrajectoryGroup]:
+    """`group_size` demonstrations of each instance, played through the environment's tools."""
+    by_session = {
+        f"{instance.instance_id}#{index}": (instance, np.random.default_rng(derive_seed(seed, instance.instance_id, index)))
+        for instance in instances
+        for index in range(group_size)
+    }
+
+    def script(session_id: str, turn: int, prompt_tokens: Sequence[int]) -> list[int]:
+        instance, rng = by_session[session_id]
+        call = random_turn(instance, turn, environment.max_calls, rng)
+        return chat_format.encode_turn(chat, restate(instance) if turn == 0 else "", [call])
+
+    engine = ScriptedEngine(script)
+
+    async def play() -> list:
+        return await asyncio.gather(
+            *(
+                run_episode(instance, index, environment, engine, chat, config, seed)
+                for instance in instances
+                for index in range(group_size)
+            )
+        )
+
+    trajectories = asyncio.run(play())
+    return [
+        TrajectoryGroup(
+            instance.instance_id,
+            instance.preference.weights,
+            tuple(trajectories[number * group_size : (number + 1) * group_size]),
+        )
+        for number, instance in enumerate(instances)
+    ]

@@ -1,0 +1,36 @@
+"""What an environment is: it opens an episode with a prompt, offers tools, and says what the episode was worth.
+
+The loop itself is `rollout.run_episode`; an environment holds no state of an episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from orchestra_jax.data.records import Instance
+from orchestra_jax.tools.ledger import Totals
+from orchestra_jax.tools.toolbox import Toolbox
+from orchestra_jax.tools.tool import Evidence
+from orchestra_jax.types import CallRecord, Message
+
+
+class Environment(Protocol):
+    max_calls: int
+    toolbox: Toolbox
+
+    def prompt(self, instance: Instance) -> tuple[Sequence[Message], Sequence[dict]]:
+        """The opening messages and the tools as JSON schemas in the OpenAI function format."""
+        ...
+
+    def is_evidence_present(self, instance: Instance, evidence: Evidence) -> bool: ...
+
+    def observation(self, text: str, summary: str) -> str:
+        """What of a result the policy is shown."""
+        ...
+
+    def objectives(
+        self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals
+    ) -> dict[str, float]:
+        """Unweighted values by objective name."""
+        ...

@@ -1,0 +1,110 @@
+"""Question answering with delegation: the prompt, the tools, and the objectives of the default world.
+
+The same instance is rendered in two ways. `compact`: question, preference and one line per expert on offer, about 100
+tokens with the small tokenizer; the results of calls are one-line summaries. `qwen3`: the tools as JSON schemas with the
+table of experts in the argument's description, as in the ToolOrchestra release, and the results in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestra_jax.data.records import Instance, Offer
+from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
+from orchestra_jax.rewards.outcome import score_answer
+from orchestra_jax.rewards.preference import Objective
+from orchestra_jax.tools.ledger import Totals
+from orchestra_jax.tools.tool import Evidence
+from orchestra_jax.tools.toolbox import Toolbox
+from orchestra_jax.types import CallRecord, Message, ToolCall
+
+SYSTEM_TEXT = (
+    "You are an orchestrator. You do not answer yourself: you call tools, each done by an expert that you choose, "
+    "until `answer` ends the task. Mind what the user prefers."
+)
+
+
+def reference_objectives(reference_cost_usd: float, reference_latency_s: float) -> tuple[Objective, ...]:
+    """The objectives of the default world, in the order of every objective vector."""
+    return (
+        Objective("outcome", "maximize", 0.0, 1.0),
+        Objective("cost_usd", "minimize", 0.0, reference_cost_usd),
+        Objective("latency_s", "minimize", 0.0, reference_latency_s),
+        Objective("disallowed_calls", "minimize", 0.0, 1.0, is_gated=False),
+    )
+
+
+def render_offer(offer: Offer) -> str:
+    """One expert in one line: alias, place, price per million tokens, seconds per answer."""
+    place = "local" if offer.is_local else "remote"
+    return f"{offer.alias} {place} ${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s"
+
+
+def render_user_text(instance: Instance, has_table: bool) -> str:
+    """Question, preference and, if asked, the table: it stands last, so that each row is read in the light of both."""
+    lines = [instance.task.question, instance.preference.text]
+    if has_table:
+        lines += [render_offer(offer) for offer in instance.offers]
+    return "\n".join(lines)
+
+
+def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
+    """The tools in the OpenAI function format, `model` restricted to the aliases on offer."""
+    table = "\n".join(render_offer(offer) for offer in instance.offers)
+    model = {
+        **PARAMETERS_SCHEMA["properties"]["model"],
+        "description": f"The expert that does the work: place, price per million tokens, time of an answer.\n{table}",
+        "enum": [offer.alias for offer in instance.offers],
+    }
+    parameters = {**PARAMETERS_SCHEMA, "properties": {"model": model}}
+    return [
+        {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": parameters}}
+        for tool in toolbox.tools
+    ]
+
+
+def restate(instance: Instance) -> str:
+    """The thinking of a demonstration: what the prompt says (family, kind, preference, experts), never what to choose."""
+    aliases = " ".join(offer.alias for offer in instance.offers)
+    return f"{instance.task.family} {instance.task.kind} {instance.preference.name} {aliases}"
+
+
+class QuestionAnswering:
+    """An `Environment` (environment.py). `is_compact` chooses between the two renderings."""
+
+    def __init__(self, toolbox: Toolbox, max_calls: int, is_compact: bool):
+        self.toolbox = toolbox
+        self.max_calls = max_calls
+        self._is_compact = is_compact
+
+    def prompt(self, instance: Instance) -> tuple[Sequence[Message], Sequence[dict]]:
+        user = Message("user", render_user_text(instance, has_table=self._is_compact))
+        if self._is_compact:
+            return [user], []
+        return [Message("system", SYSTEM_TEXT), user], tool_schemas(self.toolbox, instance)
+
+    def is_evidence_present(self, instance: Instance, evidence: Evidence) -> bool:
+        return is_evidence_present(instance, evidence)
+
+    def observation(self, text: str, summary: str) -> str:
+        return summary if self._is_compact else text
+
+    def objectives(
+        self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals
+    ) -> dict[str, float]:
+        disallowed = sum(is_disallowed(instance, record.call) for record in calls)
+        values = {
+            "outcome": 0.0 if answer is None else score_answer(instance.task, answer),
+            "cost_usd": totals.cost_usd,
+            "latency_s": totals.latency_s,
+            "disallowed_calls": float(disallowed),
+        }
+        for name in self.toolbox.names:
+            values[f"calls/{name}"] = float(sum(record.call.name == name for record in calls))
+        return values
+
+
+def is_disallowed(instance: Instance, call: ToolCall) -> bool:
+    """Whether the call used an expert that the preference rules out."""
+    offer = instance.offer(str(call.arguments.get("model")))
+    return instance.preference.is_local_only and offer is not None and not offer.is_local

@@ -1,0 +1,121 @@
+"""The three tools of the ToolOrchestra release, each of which hands a role to an expert.
+
+    search(model)             the expert writes a query; BM25 over the corpus answers it
+    enhance_reasoning(model)  the expert writes a Python program; the sandbox runs it
+    answer(model)             the expert answers; the episode ends
+
+Each has one short argument, the alias of the expert, so that a small policy has nothing to copy. The receipt charges the
+expert's tokens at the prices of the instance's offer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from orchestra_jax.data.records import Instance
+from orchestra_jax.experts.expert import Expert, ExpertReply, ExpertRequest
+from orchestra_jax.rewards.outcome import holds_evidence
+from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.local_search import LocalSearch
+from orchestra_jax.tools.python_sandbox import ProgramStatus, PythonSandbox
+from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
+from orchestra_jax.types import CallStatus, Receipt
+
+NUM_SEARCH_RESULTS = 3
+PARAMETERS_SCHEMA = {
+    "type": "object",
+    "properties": {"model": {"type": "string", "description": "The alias of the expert that does the work."}},
+    "required": ["model"],
+    "additionalProperties": False,
+}
+
+
+def is_evidence_present(instance: Instance, evidence: Evidence) -> bool:
+    """Whether the gold documents were all retrieved, or one of the programs printed the gold answer."""
+    task = instance.task
+    if task.gold_document_ids:
+        return holds_evidence(task, evidence.document_ids, "")
+    return any(holds_evidence(task, (), printed) for printed in evidence.printed)
+
+
+class _Delegation:
+    """Asks the expert on offer under the alias, and hands its reply to `_use`."""
+
+    name: str
+    description: str
+    parameters_schema = PARAMETERS_SCHEMA
+
+    def __init__(self, experts: Callable[[str], Expert]):
+        self._experts = experts
+
+    async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
+        alias = str(arguments["model"])
+        offer = context.instance.offer(alias)
+        if offer is None:
+            reason = f"{alias!r} is not on offer"
+            receipt = make_receipt(self.name, service_s=0.0, alias=alias, status=CallStatus.REFUSED)
+            return ToolResult(reason, "not on offer", receipt, CallStatus.REFUSED)
+        has_evidence = is_evidence_present(context.instance, context.evidence)
+        request = ExpertRequest(
+            self.name, context.instance, offer, context.evidence, has_evidence, context.rollout_index
+        )
+        reply = await self._experts(offer.model).reply(request)
+        receipt = make_receipt(
+            self.name,
+            service_s=reply.latency_s,
+            alias=alias,
+            model=offer.model,
+            input_tokens=reply.input_tokens,
+            output_tokens=reply.output_tokens,
+            input_usd_per_million_tokens=offer.input_usd_per_million_tokens,
+            output_usd_per_million_tokens=offer.output_usd_per_million_tokens,
+            status=reply.status,
+        )
+        if reply.status != CallStatus.OK:
+            return ToolResult(f"{alias} gave no reply", str(reply.status), receipt, reply.status)
+        return await self._use(reply, receipt)
+
+    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+        raise NotImplementedError
+
+
+class Search(_Delegation):
+    name = "search"
+    description = "Look for documents: the expert writes the query."
+
+    def __init__(self, experts: Callable[[str], Expert], index: LocalSearch):
+        super().__init__(experts)
+        self._index = index
+
+    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+        documents = [document for document, _ in self._index.search(reply.text, NUM_SEARCH_RESULTS)]
+        if not documents:
+            return ToolResult("no documents found", "no documents", receipt)
+        text = "\n\n".join(f"{document.title}\n{document.text}" for document in documents)
+        evidence = Evidence(document_ids=tuple(document.document_id for document in documents), text=text)
+        return ToolResult(text, "documents found", receipt, evidence=evidence)
+
+
+class EnhanceReasoning(_Delegation):
+    name = "enhance_reasoning"
+    description = "Compute: the expert writes a Python program, which is run."
+
+    def __init__(self, experts: Callable[[str], Expert], sandbox: PythonSandbox):
+        super().__init__(experts)
+        self._sandbox = sandbox
+
+    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+        result = await asyncio.to_thread(self._sandbox.run, reply.text)
+        if result.status != ProgramStatus.OK:
+            return ToolResult(f"the program failed: {result.stderr_line}", "program failed", receipt)
+        evidence = Evidence(printed=(result.stdout.strip(),), text=result.stdout.strip())
+        return ToolResult(result.stdout, "program printed", receipt, evidence=evidence)
+
+
+class Answer(_Delegation):
+    name = "answer"
+    description = "Answer the question: the expert gives the answer and the episode ends."
+
+    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+        return ToolResult(reply.text, "answered", receipt, answer=reply.text)

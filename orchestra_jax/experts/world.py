@@ -1,0 +1,100 @@
+"""The simulated world: who knows what, what a call consumes, and what money and time are worth.
+
+Not measured from real models. The tables are made so that routing matters: every (family, kind) cell has its own order of
+experts, the strongest one heads one kind of each family only, and evidence helps more where the question is harder.
+`skill_tables(seed)` permutes the committed tables over experts and families, so that nothing hangs on one assignment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from orchestra_jax.data.questions import FAMILIES
+from orchestra_jax.data.records import Offer
+from orchestra_jax.experts.catalog import EXPERTS
+
+NUM_KINDS = 2  # 0: small operands or one hop, 1: large operands or two hops
+KIND_INDEX = {kind: index for kinds in FAMILIES.values() for index, kind in enumerate(kinds)}
+FAMILY_INDEX = {family: index for index, family in enumerate(FAMILIES)}
+
+# With the evidence at hand, the expert of rank r in a cell is right with this probability.
+ANSWER_SUCCESS_BY_RANK = (0.97, 0.80, 0.70, 0.60, 0.50, 0.40)
+# A good and a weak writer of search queries and programs.
+GOOD_WRITER, WEAK_WRITER = 0.95, 0.40
+
+# Experts by rank (best first; indices into EXPERTS) for each family and kind.
+ANSWER_RANKING = {
+    "arithmetic": ((0, 4, 2, 5, 1, 3), (4, 1, 0, 3, 5, 2)),
+    "number_theory": ((5, 3, 4, 0, 2, 1), (0, 2, 5, 1, 4, 3)),
+    "geography": ((3, 0, 1, 2, 5, 4), (0, 5, 3, 4, 2, 1)),
+    "chemistry": ((0, 1, 3, 4, 2, 5), (2, 5, 4, 1, 3, 0)),
+}
+# The three good writers of each family.
+GOOD_WRITERS = {"arithmetic": (1, 4, 2), "number_theory": (0, 4, 5), "geography": (0, 2, 3), "chemistry": (1, 3, 5)}
+
+
+@dataclasses.dataclass
+class WorldConfig:
+    """What can be set about the world. Prices and latencies are levels, drawn independently per expert and instance."""
+
+    seed: int = 0
+    num_offered: int = 4
+    price_levels_usd_per_million_tokens: tuple[float, ...] = (0.2, 5.0, 15.0)
+    latency_levels_s: tuple[float, ...] = (2.0, 25.0, 60.0)
+    writer_latency_share: float = 0.7  # of an answer's latency
+    search_tokens: tuple[int, int] = (500, 200)  # input, output
+    enhance_reasoning_tokens: tuple[int, int] = (500, 200)
+    answer_tokens: tuple[int, int] = (1000, 500)
+    evidence_tokens: int = 500  # further input of an answer that has evidence
+    evidence_factor_by_kind: tuple[float, float] = (0.8, 0.6)  # success without evidence / success with it
+    orchestrator_usd_per_million_tokens: float = 0.2  # Qwen3-8B's list price
+    orchestrator_tokens_per_s: float = 200.0
+    # What the oracle takes a turn of the orchestrator to be; the ledger charges the real tokens of each turn.
+    orchestrator_nominal_context_tokens: int = 150
+    orchestrator_nominal_turn_tokens: int = 20
+    reference_cost_usd: float = 0.01
+    reference_latency_s: float = 40.0
+    max_calls: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SkillTables:
+    """Success probabilities. F families, K kinds, E experts (catalog order), last axis of `answer` without / with evidence."""
+
+    answer_FKEV: np.ndarray  # [F, K, E, 2]
+    writer_FE: np.ndarray  # [F, E]
+
+
+def skill_tables(config: WorldConfig) -> SkillTables:
+    """The committed tables for seed 0; for another seed the same ones with experts and families permuted."""
+    answer_FKE = np.zeros((len(FAMILIES), NUM_KINDS, len(EXPERTS)))
+    writer_FE = np.full((len(FAMILIES), len(EXPERTS)), WEAK_WRITER)
+    for f, family in enumerate(FAMILIES):
+        for k, ranking in enumerate(ANSWER_RANKING[family]):
+            answer_FKE[f, k, list(ranking)] = ANSWER_SUCCESS_BY_RANK
+        writer_FE[f, list(GOOD_WRITERS[family])] = GOOD_WRITER
+    if config.seed:
+        rng = np.random.default_rng(config.seed)
+        families, experts = rng.permutation(len(FAMILIES)), rng.permutation(len(EXPERTS))
+        answer_FKE = answer_FKE[families][:, :, experts]
+        writer_FE = writer_FE[families][:, experts]
+    without_evidence_FKE = answer_FKE * np.asarray(config.evidence_factor_by_kind)[None, :, None]
+    return SkillTables(np.stack([without_evidence_FKE, answer_FKE], axis=-1), writer_FE)
+
+
+def call_tokens(config: WorldConfig, role: str, has_evidence: bool) -> tuple[int, int]:
+    """Input and output tokens that the expert consumes in a role ("search", "enhance_reasoning" or "answer")."""
+    tokens = {
+        "search": config.search_tokens,
+        "enhance_reasoning": config.enhance_reasoning_tokens,
+        "answer": config.answer_tokens,
+    }
+    num_input, num_output = tokens[role]
+    return num_input + (config.evidence_tokens if role == "answer" and has_evidence else 0), num_output
+
+
+def call_latency_s(config: WorldConfig, offer: Offer, role: str) -> float:
+    """Seconds that a call takes on the virtual clock."""
+    return offer.latency_s * (1.0 if role == "answer" else config.writer_latency_share)

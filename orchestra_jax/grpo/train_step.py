@@ -1,0 +1,200 @@
+"""The update: log-probabilities of a batch under the current policy, the loss, its gradients, one optimizer step.
+
+Pure functions over an explicit `TrainState`. A batch is a list of micro-batches of one shape each; their gradients add
+up to the batch's, whose denominator is fixed beforehand. The same forward pass serves the warm start (supervised.py).
+
+Legend: P prompts, B rows (B = P * G), T prompt tokens, C completion tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from orchestra_jax.grpo.batching import MicroBatch
+from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
+from orchestra_jax.models.config import ModelConfig
+from orchestra_jax.models.kv_cache import shared_prefix_cache
+from orchestra_jax.models.transformer import Transformer, head_weights, token_logprobs, token_logprobs_and_entropy
+
+
+class TrainState(NamedTuple):
+    params: object
+    optimizer_state: object
+    step: jax.Array  # int32: optimizer steps taken
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a linear decay to `final_share` of the rate over `num_steps`."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    final_share: float = 0.1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_gradient_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Static settings of the GRPO loss; hashable, so that jit takes them as constants."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    correction_clip: float
+    kl_coefficient: float
+    entropy_coefficient: float
+    aggregation: str
+    logprob_chunk: int
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """`num_steps`: optimizer steps of the whole run, over which the rate decays."""
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
+            optax.linear_schedule(
+                config.learning_rate, config.learning_rate * config.final_share, max(num_steps - config.warmup_steps, 1)
+            ),
+        ],
+        [config.warmup_steps],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_gradient_norm),
+        optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def completion_hidden(params, batch: MicroBatch, config: ModelConfig) -> jax.Array:
+    """Hidden states [B, C, D] of the completions, each behind its group's prompt, which runs once."""
+    model = Transformer(config)
+    num_prompts, num_prompt_tokens = batch.prompt_tokens_PT.shape
+    positions_PT = jnp.broadcast_to(jnp.arange(num_prompt_tokens)[None, :], batch.prompt_tokens_PT.shape)
+    segments_PT = (positions_PT < batch.prompt_lengths_P[:, None]).astype(jnp.int32)
+    _, keys_values = model.apply({"params": params}, batch.prompt_tokens_PT, positions_PT, segments_PT)
+    num_rows, num_tokens = batch.input_tokens_BC.shape
+    cache = shared_prefix_cache(keys_values, batch.prompt_lengths_P, num_rows // num_prompts)
+    offsets_BC = jnp.broadcast_to(jnp.arange(num_tokens)[None, :], batch.input_tokens_BC.shape)
+    segments_BC = (offsets_BC < batch.input_lengths_B[:, None]).astype(jnp.int32)
+    positions_BC = cache.lengths_B[:, None] + offsets_BC
+    hidden_BCD, _ = model.apply({"params": params}, batch.input_tokens_BC, positions_BC, segments_BC, cache)
+    return hidden_BCD
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def batch_logprobs(params, batch: MicroBatch, temperature, *, config: ModelConfig, chunk: int) -> jax.Array:
+    """Log-probabilities [B, C] of the targets under `params`, without gradients."""
+    hidden_BCD = completion_hidden(params, batch, config)
+    temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
+    return token_logprobs(hidden_BCD, head_weights(params, config), batch.targets_BC, temperature_B, chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
+def add_gradients(
+    gradients, params, batch: MicroBatch, old_logprobs_BC, reference_logprobs_BC, temperature, denominator, *, config, settings
+):
+    """Adds the micro-batch's gradients to `gradients` and returns them with its metrics.
+
+    old_logprobs_BC: None says that the batch is on-policy for the trainer: old is current, the ratio 1.
+    """
+
+    def loss_function(params):
+        hidden_BCD = completion_hidden(params, batch, config)
+        temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
+        logprobs_BC, entropy_BC = token_logprobs_and_entropy(
+            hidden_BCD, head_weights(params, config), batch.targets_BC, temperature_B, settings.logprob_chunk
+        )
+        old_BC = jax.lax.stop_gradient(logprobs_BC) if old_logprobs_BC is None else old_logprobs_BC
+        return grpo_loss(
+            logprobs_BC,
+            old_BC,
+            batch.sampler_logprobs_BC,
+            reference_logprobs_BC,
+            batch.advantages_B,
+            batch.loss_mask_BC,
+            denominator=denominator,
+            kl_coefficient=settings.kl_coefficient,
+            correction_clip=settings.correction_clip,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+            entropy_BT=entropy_BC,
+            entropy_coefficient=settings.entropy_coefficient,
+            aggregation=settings.aggregation,
+        )
+
+    (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
+    return jax.tree.map(jnp.add, gradients, new_gradients), {**metrics, "loss": loss}
+
+
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("state", "gradients"))
+def apply_gradients(state: TrainState, gradients, *, optimizer) -> tuple[TrainState, jax.Array]:
+    """One optimizer step; returns the state and the norm of the gradients before clipping."""
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, optimizer_state, state.step + 1), optax.global_norm(gradients)
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[MicroBatch],
+    temperature: float,
+    reference_params,
+    *,
+    config: ModelConfig,
+    settings: LossSettings,
+    optimizer: optax.GradientTransformation,
+    num_updates: int,
+) -> tuple[TrainState, dict[str, float]]:
+    """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
+
+    `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for further ones the old
+    log-probabilities are computed once, before it.
+    """
+    masks_BC = [np.asarray(batch.loss_mask_BC) for batch in batches]
+    denominator = sum(float(loss_denominator(mask_BC, settings.aggregation)) for mask_BC in masks_BC if mask_BC.any())
+    logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
+    old = [logprobs(state.params, batch, temperature) if num_updates > 1 else None for batch in batches]
+    reference = [logprobs(reference_params, batch, temperature) if settings.kl_coefficient else None for batch in batches]
+    for _ in range(num_updates):
+        gradients = jax.tree.map(jnp.zeros_like, state.params)
+        metrics = []
+        for batch, old_BC, reference_BC in zip(batches, old, reference, strict=True):
+            gradients, some = add_gradients(
+                gradients, state.params, batch, old_BC, reference_BC, temperature, denominator,
+                config=config, settings=settings,
+            )  # fmt: skip
+            metrics.append(some)
+        state, gradient_norm = apply_gradients(state, gradients, optimizer=optimizer)
+    return state, {**_combine(jax.device_get(metrics)), "gradient_norm": float(gradient_norm)}
+
+
+def _combine(metrics: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Means over tokens of the whole batch; losses and counts add up."""
+    num_tokens = sum(float(some["num_tokens"]) for some in metrics)
+    combined = {}
+    for name in metrics[0]:
+        values = [float(some[name]) for some in metrics]
+        if name in ("loss", "num_tokens", "num_rollouts"):
+            combined[name] = sum(values)
+        elif name == "sampler_gap_max":
+            combined[name] = max(values)
+        else:
+            combined[name] = sum(
+                value * float(some["num_tokens"]) for value, some in zip(values, metrics, strict=True)
+            ) / max(num_tokens, 1.0)
+    return combined

@@ -1,0 +1,107 @@
+"""Grouped-query attention over blocks of keys under one softmax. Not the projections, not the cache's bookkeeping.
+
+    out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(H) where s is visible to t) v[s]
+
+The keys come in one or two blocks: the cache's (if there is one) and the new tokens' own. The blocks' scores share one
+maximum and one denominator (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), so the blocks
+are never concatenated. Key heads are never repeated: the R query heads of a key head are rows of the same product.
+
+Legend: B token rows, C cache rows (B = C * G), G token rows that share a cache row, T new tokens, S keys of a block,
+N query heads (N = K * R), K key-value heads, R query heads of one key-value head, H head dim, U = G * T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED_SCORE = -1e30  # finite: a fully masked block gives weights of 0 after the shared maximum, never NaN
+
+
+class KeyBlock(NamedTuple):
+    """Keys and values with who may see them. Token row b reads cache row b // (B // C)."""
+
+    keys_CSKH: jax.Array
+    values_CSKH: jax.Array
+    is_visible_BTS: jax.Array  # bool
+
+
+def own_visibility(positions_BT, segment_ids_BT):
+    """bool [B, T, T]: a token sees its own segment at its own or an earlier position (padding, id 0, sees padding)."""
+    is_same_segment_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return is_same_segment_BTT & (positions_BT[:, None, :] <= positions_BT[:, :, None])
+
+
+def cache_visibility(segment_ids_BT, lengths_B, num_slots):
+    """bool [B, T, S]: tokens of segment 1 see the first `lengths_B` slots; every cached key is earlier than they are."""
+    is_filled_BS = jnp.arange(num_slots)[None, :] < lengths_B[:, None]
+    return (segment_ids_BT == 1)[:, :, None] & is_filled_BS[:, None, :]
+
+
+def attend(q_BTNH, blocks, implementation="xla"):
+    """Attention of the queries over all `blocks` (a list of KeyBlock) -> [B, T, N, H] in the queries' dtype.
+
+    Every query must see at least one key of some block. The softmax is float32. ValueError for an unknown
+    `implementation`, or a block whose rows do not divide the queries' rows.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {sorted(IMPLEMENTATIONS)}")
+    for block in blocks:
+        if q_BTNH.shape[0] % block.keys_CSKH.shape[0]:
+            raise ValueError(
+                f"{q_BTNH.shape[0]} token rows over {block.keys_CSKH.shape[0]} key rows: "
+                "the token rows must be a whole multiple, in groups of neighbours"
+            )
+    return IMPLEMENTATIONS[implementation](q_BTNH, blocks)
+
+
+def _attend_xla(q_BTNH, blocks):
+    num_rows, num_tokens, num_heads, head_dim = q_BTNH.shape
+    scaled_q_BTNH = q_BTNH * head_dim**-0.5
+    scores = [_masked_scores(scaled_q_BTNH, block) for block in blocks]
+
+    def to_token_rows(x_CKUR, width=()):
+        """[C, K, U, R, ...] -> [B, T, K, R, ...]: the layout in which the blocks meet."""
+        num_kv_heads = x_CKUR.shape[1]
+        num_queries = num_heads // num_kv_heads
+        return x_CKUR.swapaxes(1, 2).reshape(num_rows, num_tokens, num_kv_heads, num_queries, *width)
+
+    def to_block_rows(x_BTKR, block):
+        num_key_rows = block.keys_CSKH.shape[0]
+        return x_BTKR.reshape(num_key_rows, -1, *x_BTKR.shape[2:]).swapaxes(1, 2)
+
+    # The softmax does not change under a shift, so no gradient needs to pass through the maximum.
+    maximum_BTKR = None
+    for score_CKURS in scores:
+        block_maximum_BTKR = to_token_rows(jax.lax.stop_gradient(score_CKURS).max(axis=-1))
+        maximum_BTKR = block_maximum_BTKR if maximum_BTKR is None else jnp.maximum(maximum_BTKR, block_maximum_BTKR)
+
+    total_BTKR = 0.0
+    out_BTKRH = 0.0
+    for score_CKURS, block in zip(scores, blocks, strict=True):
+        weight_CKURS = jnp.exp(score_CKURS - to_block_rows(maximum_BTKR, block)[..., None])
+        total_BTKR += to_token_rows(weight_CKURS.sum(axis=-1))
+        values_CSKH = block.values_CSKH
+        weighted_CKURH = jnp.einsum(
+            "CKURS,CSKH->CKURH",
+            weight_CKURS.astype(values_CSKH.dtype),
+            values_CSKH,
+            preferred_element_type=jnp.float32,
+        )
+        out_BTKRH += to_token_rows(weighted_CKURH, (head_dim,))
+    out_BTKRH = out_BTKRH / total_BTKR[..., None]
+    return out_BTKRH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _masked_scores(q_BTNH, block):
+    """Float32 scores [C, K, U, R, S]: the order a batched matrix product writes, so the big array is not transposed."""
+    num_key_rows, num_slots, num_kv_heads, head_dim = block.keys_CSKH.shape
+    q_CUKRH = q_BTNH.reshape(num_key_rows, -1, num_kv_heads, q_BTNH.shape[2] // num_kv_heads, head_dim)
+    score_CKURS = jnp.einsum("CUKRH,CSKH->CKURS", q_CUKRH, block.keys_CSKH, preferred_element_type=jnp.float32)
+    is_visible_CUS = block.is_visible_BTS.reshape(num_key_rows, -1, num_slots)
+    return jnp.where(is_visible_CUS[:, None, :, None, :], score_CKURS, MASKED_SCORE)
+
+
+IMPLEMENTATIONS = {"xla": _attend_xla}

@@ -1,0 +1,250 @@
+"""The Qwen3 transformer: tokens -> hidden states and the new keys and values; hidden states -> log-probabilities.
+
+Pre-norm blocks, x += attention(norm(x)); x += feed_forward(norm(x)), with RMSNorm on each query and key head before the
+rotary embedding, grouped-query attention, and SwiGLU. Source: Qwen3 technical report (arXiv:2505.09388) and the
+`qwen3` model of Hugging Face transformers, whose logits it reproduces. No dropout, no loss, no mesh, no weight files.
+
+Legend: B rows, T new tokens, D hidden, N query heads, K key-value heads, H head dim, F feed-forward, L layers, V vocab,
+C cache rows, S cache slots, W tokens of a row that one chunk of the log-probabilities holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from orchestra_jax.models import attention
+from orchestra_jax.models.config import ModelConfig
+
+# What the backward pass finds stored from the forward pass of a layer; "none" stores all, without rematerialisation.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+ACTIVATIONS = ("batch", "length", "activation")
+
+
+class Transformer(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT, segment_ids_BT, cache=None):
+        """-> (hidden_BTD in the compute dtype after the final norm, (keys_LBTKH, values_LBTKH) of the new tokens).
+
+        Segment id 0 is padding. A token sees its own segment at its own or an earlier position; with a cache, new real
+        tokens are segment 1 and see the filled slots of their cache row too. ValueError if the cache is for another
+        number of token rows.
+        """
+        config = self.config
+        embedding_VD = _parameter(self, "embedding", (config.vocab_size, config.hidden_size), ("vocab", "embed"), 1)
+        hidden_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
+        hidden_BTD = nn.with_logical_constraint(hidden_BTD, ACTIVATIONS)
+        context = {
+            "rotary": rotary(positions_BT, config.head_dim, config.rope_theta),
+            "own": attention.own_visibility(positions_BT, segment_ids_BT),
+        }
+        cache_keys_values = None
+        if cache is not None:
+            if len(cache.lengths_B) != len(tokens_BT):
+                raise ValueError(f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: give it as many")
+            cache_keys_values = (cache.keys_LCSKH, cache.values_LCSKH)
+            context["cache"] = attention.cache_visibility(segment_ids_BT, cache.lengths_B, cache.num_slots)
+        layers = nn.scan(
+            _rematerialised_block(config.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, name="layers")
+        hidden_BTD, new_keys_values = layers(hidden_BTD, cache_keys_values, context)
+        if not config.is_tied:
+            _parameter(self, "head", (config.hidden_size, config.vocab_size), ("embed", "vocab"), 0)
+        return RMSNorm(config, "norm", name="final_norm")(hidden_BTD), new_keys_values
+
+
+class Block(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, cache_keys_values, context):
+        attended_BTD, new_keys_values = Attention(self.config, name="attention")(
+            RMSNorm(self.config, "norm", name="attention_norm")(x_BTD), cache_keys_values, context
+        )
+        x_BTD = x_BTD + attended_BTD
+        x_BTD += FeedForward(self.config, name="feed_forward")(
+            RMSNorm(self.config, "norm", name="feed_forward_norm")(x_BTD)
+        )
+        return nn.with_logical_constraint(x_BTD, ACTIVATIONS), new_keys_values
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, cache_keys_values, context):
+        """`cache_keys_values` are this layer's [C, S, K, H] pair or None; returns the output and the new pair."""
+        config = self.config
+        query_shape = (config.hidden_size, config.num_heads, config.head_dim)
+        kv_shape = (config.hidden_size, config.num_kv_heads, config.head_dim)
+        query_DNH = _parameter(self, "query", query_shape, ("embed", "heads", "head_dim"), 0)
+        key_DKH = _parameter(self, "key", kv_shape, ("embed", "kv_heads", "head_dim"), 0)
+        value_DKH = _parameter(self, "value", kv_shape, ("embed", "kv_heads", "head_dim"), 0)
+        output_NHD = _parameter(
+            self, "output", (*query_shape[1:], config.hidden_size), ("heads", "head_dim", "embed"), (0, 1)
+        )
+        q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, weight) for weight in (query_DNH, key_DKH, value_DKH))
+        q_BTNH = rotate(RMSNorm(config, "head_dim", name="query_norm")(q_BTNH), context["rotary"])
+        k_BTKH = rotate(RMSNorm(config, "head_dim", name="key_norm")(k_BTKH), context["rotary"])
+        blocks = [attention.KeyBlock(k_BTKH, v_BTKH, context["own"])]
+        if cache_keys_values is not None:
+            blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
+        attended_BTNH = attention.attend(q_BTNH, blocks)
+        return project(attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
+
+
+class FeedForward(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        shape = (self.config.hidden_size, self.config.intermediate_size)
+        gate_DF = _parameter(self, "gate", shape, ("embed", "mlp"), 0)
+        up_DF = _parameter(self, "up", shape, ("embed", "mlp"), 0)
+        down_FD = _parameter(self, "down", shape[::-1], ("mlp", "embed"), 0)
+        return project(jax.nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF), down_FD)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last dim, in float32; the result has x's dtype."""
+
+    config: ModelConfig
+    logical_name: str
+
+    @nn.compact
+    def __call__(self, x):
+        initializer = nn.with_logical_partitioning(nn.initializers.ones, (self.logical_name,))
+        scale_D = self.param("scale", initializer, (x.shape[-1],), jnp.dtype(self.config.parameter_dtype))
+        x_float32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float32), axis=-1, keepdims=True) + self.config.norm_epsilon)
+        scale = scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x_float32 * inverse * scale).astype(x.dtype)
+
+
+def _parameter(module, name, shape, logical_names, fan_in_axis):
+    """Declares a parameter with its logical axis names; normal with variance 1 / (product of the fan-in dims)."""
+    fan_in_axes = (fan_in_axis,) if isinstance(fan_in_axis, int) else fan_in_axis
+    fan_in = 1
+    for axis in fan_in_axes:
+        fan_in *= shape[axis]
+    initializer = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), logical_names)
+    return module.param(name, initializer, shape, jnp.dtype(module.config.parameter_dtype))
+
+
+def project(x_BTI, weight_IO, num_contracted=1):
+    """x . weight over x's last and the weight's first `num_contracted` dims, in x's dtype.
+
+    Both sides are flattened to matrices: with two contracted dims, as in the weight's gradient, XLA CPU would first
+    write a transposed copy of the widest activations.
+    """
+    batch_shape, output_shape = x_BTI.shape[:-num_contracted], weight_IO.shape[num_contracted:]
+    weight = weight_IO.astype(x_BTI.dtype).reshape(-1, math.prod(output_shape))
+    return (x_BTI.reshape(-1, len(weight)) @ weight).reshape(*batch_shape, *output_shape)
+
+
+def _rematerialised_block(remat):
+    if remat == "none":
+        return Block
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r} is not one of {sorted([*REMAT_POLICIES, 'none'])}")
+    # Inside scan nothing can be merged with the forward pass, so the guard against it would only cost time.
+    return nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+
+def rotary(positions_BT, head_dim, theta):
+    """(cos, sin), each float32 [B, T, 1, H / 2]: angle = position * theta ** (-2 i / H)."""
+    frequencies_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles_BTH = positions_BT[:, :, None].astype(jnp.float32) * frequencies_H[None, None, :]
+    return jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
+
+
+def rotate(x_BTNH, cos_and_sin):
+    """Turns the pairs (x[i], x[i + H/2]), the order of Hugging Face's weights, by their angle."""
+    cos, sin = cos_and_sin
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def init_params(config: ModelConfig, key):
+    """Fresh parameters: a nested dict of plain arrays; those of the layers have a leading layer dim."""
+    return nn.unbox(jax.jit(functools.partial(_init_boxed, config))(key))
+
+
+def logical_axes(config: ModelConfig):
+    """The tree of `init_params` with a PartitionSpec of logical axis names at each leaf. Allocates nothing."""
+    return nn.get_partition_spec(jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0)))
+
+
+def _init_boxed(config, key):
+    one_token_BT = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(key, one_token_BT, one_token_BT, one_token_BT)["params"]
+
+
+def head_weights(params, config: ModelConfig):
+    """The output projection [D, V]: the embedding's transpose if tied."""
+    return params["embedding"].T if config.is_tied else params["head"]
+
+
+def token_logprobs(hidden_BTD, head_DV, targets_BT, temperature_B, chunk):
+    """log softmax(hidden . head / temperature)[target], float32 [B, T]; natural logarithm.
+
+    The logits exist for max(chunk, B) tokens at a time at most, in the forward and in the backward pass. The chunks
+    are columns of the batch, so that a sharded batch dim stays sharded.
+    """
+    return _map_columns(_column_logprobs, hidden_BTD, head_DV, targets_BT, temperature_B, chunk)[0]
+
+
+def token_logprobs_and_entropy(hidden_BTD, head_DV, targets_BT, temperature_B, chunk):
+    """(`token_logprobs`, entropy of the same distribution in nats), each float32 [B, T]."""
+    return _map_columns(_column_logprobs_and_entropy, hidden_BTD, head_DV, targets_BT, temperature_B, chunk)
+
+
+def _map_columns(function, hidden_BTD, head_DV, targets_BT, temperature_B, chunk):
+    num_rows, num_tokens = targets_BT.shape
+    width = min(num_tokens, max(1, chunk // num_rows))
+    num_chunks = -(-num_tokens // width)
+
+    def split(x_BT):
+        padding = [(0, 0)] * x_BT.ndim
+        padding[1] = (0, num_chunks * width - num_tokens)
+        padded_BT = jnp.pad(x_BT, padding)
+        return jnp.moveaxis(padded_BT.reshape(num_rows, num_chunks, width, *x_BT.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def chunk_function(head_DV, temperature_B, hidden_BWD, targets_BW):
+        logits_BWV = jnp.matmul(hidden_BWD, head_DV.astype(hidden_BWD.dtype), preferred_element_type=jnp.float32)
+        return function(logits_BWV / temperature_B[:, None, None], targets_BW)
+
+    outputs = jax.lax.map(
+        lambda columns: chunk_function(head_DV, temperature_B, *columns), (split(hidden_BTD), split(targets_BT))
+    )
+    return [jnp.moveaxis(x, 0, 1).reshape(num_rows, -1)[:, :num_tokens] for x in outputs]
+
+
+def _column_logprobs(logits_BWV, targets_BW):
+    log_normalizer_BW = jax.nn.logsumexp(logits_BWV, axis=-1)
+    # A sum over a one-hot mask instead of a gather: its gradient is no scatter, and a sharded vocab dim stays sharded.
+    is_target_BWV = jnp.arange(logits_BWV.shape[-1])[None, None, :] == targets_BW[:, :, None]
+    return (jnp.where(is_target_BWV, logits_BWV, 0.0).sum(axis=-1) - log_normalizer_BW,)
+
+
+def _column_logprobs_and_entropy(logits_BWV, targets_BW):
+    log_normalizer_BW = jax.nn.logsumexp(logits_BWV, axis=-1)
+    probabilities_BWV = jnp.exp(logits_BWV - log_normalizer_BW[:, :, None])
+    entropy_BW = log_normalizer_BW - (probabilities_BWV * logits_BWV).sum(axis=-1)
+    return (*_column_logprobs(logits_BWV, targets_BW), entropy_BW)

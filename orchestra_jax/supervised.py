@@ -1,0 +1,36 @@
+"""The warm start: next-token training on demonstrations, on the tokens that the demonstrator sampled alone.
+
+A demonstration is a real episode whose turns come from a script, so observations, masks and forced tokens are what the
+policy will meet in training. The scripted route is drawn at random: it teaches the grammar and what is on offer, and
+nothing about what to choose.
+
+Legend: B rows, C completion tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from orchestra_jax.grpo.batching import MicroBatch
+from orchestra_jax.grpo.train_step import TrainState, completion_hidden
+from orchestra_jax.models.config import ModelConfig
+from orchestra_jax.models.transformer import head_weights, token_logprobs
+
+
+@functools.partial(jax.jit, static_argnames=("config", "optimizer", "chunk"), donate_argnames="state")
+def supervised_step(state: TrainState, batch: MicroBatch, *, config: ModelConfig, optimizer, chunk: int):
+    """One step on the mean cross-entropy over the masked-in tokens; returns the state and the loss in nats per token."""
+
+    def loss_function(params):
+        hidden_BCD = completion_hidden(params, batch, config)
+        temperature_B = jnp.ones(len(hidden_BCD), jnp.float32)
+        logprobs_BC = token_logprobs(hidden_BCD, head_weights(params, config), batch.targets_BC, temperature_B, chunk)
+        return -jnp.where(batch.loss_mask_BC, logprobs_BC, 0.0).sum() / jnp.maximum(batch.loss_mask_BC.sum(), 1)
+
+    loss, gradients = jax.value_and_grad(loss_function)(state.params)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+    params = jax.tree.map(jnp.add, state.params, updates)
+    return TrainState(params, optimizer_state, state.step + 1), loss

@@ -1,0 +1,155 @@
+"""What an episode cost in dollars and in seconds: the sum and the critical path of its receipts.
+
+Every charge is a Receipt (types.py); this file makes them, keeps them in order and adds them up. It has no clock: times
+are the `service_s` of the receipts, measured or modelled by whoever made them, and enforcing a limit is not done here.
+
+    cost_usd  = fixed + (input_tokens * input price + output_tokens * output price) / 1e6   prices per million tokens
+    latency_s = sum over turns of (generation + max over the turn's parallel calls)         the critical path
+    service_s = sum over all receipts                                                       nothing in parallel
+
+A turn opens with the orchestrator's own receipt (tool ORCHESTRATOR); the calls charged after it are the turn's and run
+in parallel. So a trajectory's flat tuple of receipts is enough to repeat the totals. Failed, refused and late calls are
+charged like any other. Sums are exact (math.fsum): the order in which parallel calls finish shows in no total.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+from orchestra_jax.types import CallStatus, Receipt
+
+ORCHESTRATOR = "orchestrator"
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What a sequence of turns cost."""
+
+    cost_usd: float
+    latency_s: float  # critical path
+    service_s: float  # sum over all receipts
+    input_tokens: int
+    output_tokens: int
+    num_turns: int
+    num_calls: int  # without the orchestrator's own
+    num_calls_not_ok: int
+
+
+def token_cost_usd(
+    input_tokens: int,
+    output_tokens: int,
+    input_usd_per_million_tokens: float,
+    output_usd_per_million_tokens: float,
+    fixed_cost_usd: float,
+) -> float:
+    """The price of one call in dollars.
+
+    Raises:
+      ValueError: a count or price is negative or not finite.
+    """
+    amounts = {
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "input_usd_per_million_tokens": input_usd_per_million_tokens,
+        "output_usd_per_million_tokens": output_usd_per_million_tokens,
+        "fixed_cost_usd": fixed_cost_usd,
+    }
+    if not all(math.isfinite(amount) and amount >= 0 for amount in amounts.values()):
+        raise ValueError(f"counts and prices must be finite and 0 or more, got {amounts}")
+    input_usd = input_tokens * input_usd_per_million_tokens / 1e6
+    output_usd = output_tokens * output_usd_per_million_tokens / 1e6
+    return math.fsum((fixed_cost_usd, input_usd, output_usd))
+
+
+def make_receipt(
+    tool: str,
+    *,
+    service_s: float,
+    alias: str = "",
+    model: str = "",
+    input_tokens: int = 0,
+    output_tokens: int = 0,
+    input_usd_per_million_tokens: float = 0.0,
+    output_usd_per_million_tokens: float = 0.0,
+    fixed_cost_usd: float = 0.0,
+    status: CallStatus = CallStatus.OK,
+) -> Receipt:
+    """A receipt whose `cost_usd` follows from its tokens and prices, whatever its status.
+
+    Raises:
+      ValueError: a count, price or time is negative or not finite.
+    """
+    if not (math.isfinite(service_s) and service_s >= 0):
+        raise ValueError(f"service_s {service_s} of a call of {tool!r} must be finite and 0 or more")
+    return Receipt(
+        tool=tool,
+        alias=alias,
+        model=model,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        input_usd_per_million_tokens=input_usd_per_million_tokens,
+        output_usd_per_million_tokens=output_usd_per_million_tokens,
+        fixed_cost_usd=fixed_cost_usd,
+        cost_usd=token_cost_usd(
+            input_tokens, output_tokens, input_usd_per_million_tokens, output_usd_per_million_tokens, fixed_cost_usd
+        ),
+        service_s=service_s,
+        status=status,
+    )
+
+
+def split_turns(receipts: Iterable[Receipt]) -> tuple[tuple[Receipt, ...], ...]:
+    """Cuts a flat sequence, such as a trajectory's, into turns: each begins with the orchestrator's receipt."""
+    turns: list[list[Receipt]] = []
+    for receipt in receipts:
+        if receipt.tool == ORCHESTRATOR:
+            turns.append([])
+        assert turns, (
+            f"a charge of {receipt.tool!r} stands before the first turn: charge the {ORCHESTRATOR!r} receipt first"
+        )
+        turns[-1].append(receipt)
+    return tuple(tuple(turn) for turn in turns)
+
+
+def replay(receipts_by_turn: Sequence[Sequence[Receipt]]) -> Totals:
+    """Totals of turns, each the orchestrator's receipt followed by those of its parallel calls, in any order."""
+    critical_path_s = []
+    for turn in receipts_by_turn:
+        assert turn and turn[0].tool == ORCHESTRATOR, f"a turn begins with the {ORCHESTRATOR!r} receipt, got {turn!r}"
+        critical_path_s += [turn[0].service_s, max((call.service_s for call in turn[1:]), default=0.0)]
+    receipts = [receipt for turn in receipts_by_turn for receipt in turn]
+    calls = [call for turn in receipts_by_turn for call in turn[1:]]
+    return Totals(
+        cost_usd=math.fsum(receipt.cost_usd for receipt in receipts),
+        latency_s=math.fsum(critical_path_s),
+        service_s=math.fsum(receipt.service_s for receipt in receipts),
+        input_tokens=sum(receipt.input_tokens for receipt in receipts),
+        output_tokens=sum(receipt.output_tokens for receipt in receipts),
+        num_turns=len(receipts_by_turn),
+        num_calls=len(calls),
+        num_calls_not_ok=sum(call.status != CallStatus.OK for call in calls),
+    )
+
+
+class Ledger:
+    """The receipts of one episode, in the order in which they were charged."""
+
+    def __init__(self):
+        self._receipts: list[Receipt] = []
+
+    def charge(self, receipt: Receipt) -> None:
+        """Books one receipt; the orchestrator's opens a turn, any other belongs to the turn that is open."""
+        assert self._receipts or receipt.tool == ORCHESTRATOR, (
+            f"a charge of {receipt.tool!r} stands before the first turn: charge the {ORCHESTRATOR!r} receipt first"
+        )
+        self._receipts.append(receipt)
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        return tuple(self._receipts)
+
+    def totals(self) -> Totals:
+        """Totals so far."""
+        return replay(split_turns(self._receipts))

@@ -1,0 +1,61 @@
+"""What a tool is: a name, a JSON schema, and one coroutine. What it returns: text for the policy, a receipt, a typed status.
+
+Source of the interface: ToolOrchestra section 3.1 (every tool, a larger model included, is one JSON object) and the
+OpenAI function format that the Qwen3 chat template renders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from orchestra_jax.data.records import Instance
+from orchestra_jax.types import CallStatus, Receipt
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What the episode's calls have brought so far: retrieved document ids, printed outputs, and both as text."""
+
+    document_ids: tuple[str, ...] = ()
+    printed: tuple[str, ...] = ()
+    text: str = ""
+
+    def joined(self, other: Evidence) -> Evidence:
+        return Evidence(
+            self.document_ids + other.document_ids,
+            self.printed + other.printed,
+            "\n".join(text for text in (self.text, other.text) if text),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolContext:
+    """What a call may know besides its arguments: the instance, which rollout of it this is, the evidence so far."""
+
+    instance: Instance
+    rollout_index: int
+    evidence: Evidence
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolResult:
+    """What came back. `text` is the full result; `summary` is one line of it, for policies with short prompts.
+
+    `answer` is set by the terminal tool alone, and ends the episode.
+    """
+
+    text: str
+    summary: str
+    receipt: Receipt
+    status: CallStatus = CallStatus.OK
+    evidence: Evidence = Evidence()
+    answer: str | None = None
+
+
+class Tool(Protocol):
+    name: str
+    description: str
+    parameters_schema: dict[str, object]
+
+    async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult: ...

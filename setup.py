@@ -1,0 +1,51 @@
+"""Packaging of orchestra_jax: the library alone. Configs, experiments, notebooks and tests stay in the repository."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "jax>=0.10,<0.12",
+    "flax>=0.12",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "transformers>=5.0",  # brings tokenizers, huggingface_hub and safetensors
+    "jinja2>=3.1",  # chat templates; transformers does not pull it in
+    "grain>=0.2.15",
+    "tensorboard>=2.20",
+    "absl-py>=2.2",
+    "ml_collections>=1.1",
+    "numpy>=2.0",
+    "reasoning-gym>=0.1.25",
+    "countryinfo>=1.0",
+    "mendeleev==0.6.1",  # later ones pin pyfiglet away from reasoning-gym's pin; only its SQLite table is read
+    "bm25s>=0.3",
+    "jsonschema>=4.20",
+    "openai>=2.8",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+]
+
+NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pandas>=2.2"]
+
+EXTRAS_REQUIRE = {
+    "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", *NOTEBOOKS],
+    "notebooks": NOTEBOOKS,
+    "tools": ["mcp>=2.0", "faiss-cpu>=1.10"],
+    "parity": ["torch==2.13.0"],  # makes the golden files that the default tests read
+    "cuda": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    # The server's engine pins its own torch: install it in an environment of its own, never beside the trainer.
+    "sglang": ["sglang==0.5.23"],
+}
+
+setup(
+    name="orchestra_jax",
+    version="0.1.0",
+    description="A JAX implementation of ToolOrchestra: a small policy trained to orchestrate tools and larger models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["orchestra_jax", "orchestra_jax.*"]),
+    package_data={"orchestra_jax": ["assets/**"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
