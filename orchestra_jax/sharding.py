@@ -1,8 +1,8 @@
-"""Mesh, logical-axis rules, placement. It knows no model: a model names its dims, this file says which mesh axes hold them.
+"""Mesh, logical-axis rules, placement. Knows no model: a model names its dims, this file gives them mesh axes.
 
-A tree of logical axes has a PartitionSpec of logical names at each leaf; RULES turn the names into mesh axes. Activations
-follow the same table inside `mesh_context`. The same code serves one CPU and many devices: an axis that the mesh lacks,
-or that has size 1, splits nothing.
+A tree of logical axes has a PartitionSpec of logical names at each leaf; RULES turn the names into mesh axes.
+Activations follow the same table inside `mesh_context`. The same code serves one CPU and many devices: an axis that the
+mesh lacks, or that has size 1, splits nothing.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def own_visibility(positions_BT, segment_ids_BT):
 
 
 def cache_visibility(segment_ids_BT, lengths_B, num_slots):
-    """bool [B, T, S]: tokens of segment 1 see the first `lengths_B` slots; every cached key is earlier than they are."""
+    """bool [B, T, S]: tokens of segment 1 see the first `lengths_B` slots, all of them earlier tokens."""
     is_filled_BS = jnp.arange(num_slots)[None, :] < lengths_B[:, None]
     return (segment_ids_BT == 1)[:, :, None] & is_filled_BS[:, None, :]
 

@@ -70,7 +70,7 @@ def write(cache: KVCache, new_keys_values, start_B, is_valid_BT, rows_B=None) ->
 def shared_prefix_cache(new_keys_values, prompt_lengths_P, group_size) -> KVCache:
     """The prompts' own keys and values [L, P, T, K, H] as the cache of P * group_size completions, without a copy.
 
-    Prompts are padded on the right. Token row p * group_size + g continues prompt p. Gradients flow back to the prompts.
+    Prompts are padded on the right. Token row p * group_size + g continues prompt p. Gradients reach the prompts.
     """
     keys_LPTKH, values_LPTKH = new_keys_values
     return KVCache(keys_LPTKH, values_LPTKH, jnp.repeat(prompt_lengths_P, group_size))

@@ -41,7 +41,8 @@ class Transformer(nn.Module):
         number of token rows.
         """
         config = self.config
-        embedding_VD = _parameter(self, "embedding", (config.vocab_size, config.hidden_size), ("vocab", "embed"), 1)
+        embedding_shape = (config.vocab_size, config.hidden_size)
+        embedding_VD = _parameter(self, "embedding", embedding_shape, ("vocab", "embed"), config.hidden_size)
         hidden_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
         hidden_BTD = nn.with_logical_constraint(hidden_BTD, ACTIVATIONS)
         context = {
@@ -51,7 +52,9 @@ class Transformer(nn.Module):
         cache_keys_values = None
         if cache is not None:
             if len(cache.lengths_B) != len(tokens_BT):
-                raise ValueError(f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: give it as many")
+                raise ValueError(
+                    f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: make them equal"
+                )
             cache_keys_values = (cache.keys_LCSKH, cache.values_LCSKH)
             context["cache"] = attention.cache_visibility(segment_ids_BT, cache.lengths_B, cache.num_slots)
         layers = nn.scan(
@@ -63,8 +66,8 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, name="layers")
         hidden_BTD, new_keys_values = layers(hidden_BTD, cache_keys_values, context)
-        if not config.is_tied:
-            _parameter(self, "head", (config.hidden_size, config.vocab_size), ("embed", "vocab"), 0)
+        if not config.is_tied:  # declared with the rest, read by head_weights
+            _parameter(self, "head", embedding_shape[::-1], ("embed", "vocab"), config.hidden_size)
         return RMSNorm(config, "norm", name="final_norm")(hidden_BTD), new_keys_values
 
 
@@ -90,14 +93,13 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, cache_keys_values, context):
         """`cache_keys_values` are this layer's [C, S, K, H] pair or None; returns the output and the new pair."""
         config = self.config
-        query_shape = (config.hidden_size, config.num_heads, config.head_dim)
-        kv_shape = (config.hidden_size, config.num_kv_heads, config.head_dim)
-        query_DNH = _parameter(self, "query", query_shape, ("embed", "heads", "head_dim"), 0)
-        key_DKH = _parameter(self, "key", kv_shape, ("embed", "kv_heads", "head_dim"), 0)
-        value_DKH = _parameter(self, "value", kv_shape, ("embed", "kv_heads", "head_dim"), 0)
-        output_NHD = _parameter(
-            self, "output", (*query_shape[1:], config.hidden_size), ("heads", "head_dim", "embed"), (0, 1)
-        )
+        hidden, num_heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        kv_shape, kv_names = (hidden, config.num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+        query_DNH = _parameter(self, "query", (hidden, num_heads, head_dim), ("embed", "heads", "head_dim"), hidden)
+        key_DKH = _parameter(self, "key", kv_shape, kv_names, hidden)
+        value_DKH = _parameter(self, "value", kv_shape, kv_names, hidden)
+        output_shape, output_names = (num_heads, head_dim, hidden), ("heads", "head_dim", "embed")
+        output_NHD = _parameter(self, "output", output_shape, output_names, num_heads * head_dim)
         q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, weight) for weight in (query_DNH, key_DKH, value_DKH))
         q_BTNH = rotate(RMSNorm(config, "head_dim", name="query_norm")(q_BTNH), context["rotary"])
         k_BTKH = rotate(RMSNorm(config, "head_dim", name="key_norm")(k_BTKH), context["rotary"])
@@ -113,10 +115,10 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        shape = (self.config.hidden_size, self.config.intermediate_size)
-        gate_DF = _parameter(self, "gate", shape, ("embed", "mlp"), 0)
-        up_DF = _parameter(self, "up", shape, ("embed", "mlp"), 0)
-        down_FD = _parameter(self, "down", shape[::-1], ("mlp", "embed"), 0)
+        hidden, width = self.config.hidden_size, self.config.intermediate_size
+        gate_DF = _parameter(self, "gate", (hidden, width), ("embed", "mlp"), hidden)
+        up_DF = _parameter(self, "up", (hidden, width), ("embed", "mlp"), hidden)
+        down_FD = _parameter(self, "down", (width, hidden), ("mlp", "embed"), width)
         return project(jax.nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF), down_FD)
 
 
@@ -136,12 +138,8 @@ class RMSNorm(nn.Module):
         return (x_float32 * inverse * scale).astype(x.dtype)
 
 
-def _parameter(module, name, shape, logical_names, fan_in_axis):
-    """Declares a parameter with its logical axis names; normal with variance 1 / (product of the fan-in dims)."""
-    fan_in_axes = (fan_in_axis,) if isinstance(fan_in_axis, int) else fan_in_axis
-    fan_in = 1
-    for axis in fan_in_axes:
-        fan_in *= shape[axis]
+def _parameter(module, name, shape, logical_names, fan_in):
+    """Declares a parameter with its logical axis names: normal with variance 1 / fan_in."""
     initializer = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), logical_names)
     return module.param(name, initializer, shape, jnp.dtype(module.config.parameter_dtype))
 

@@ -1,4 +1,4 @@
-"""Writes qwen3_tied.npz and qwen3_untied.npz: a tiny random Qwen3 of Hugging Face transformers, an input and its logits.
+"""Writes qwen3_tied.npz and qwen3_untied.npz: a tiny random Qwen3 of Hugging Face, an input and its logits.
 
     python tests/golden/make_qwen3_logits.py          (needs torch and transformers; the tests need neither)
 

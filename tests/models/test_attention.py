@@ -1,0 +1,78 @@
+"""Attention by hand and against a loop over query heads. Legend as in orchestra_jax/models/attention.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orchestra_jax.models import attention
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+attend = jax.jit(attention.attend)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_weights_of_two_keys_by_hand():
+    # Scores 2 * ln(3) / sqrt(4) = ln 3 and 0: weights 3/4 and 1/4.
+    q_BTNH = jnp.array([2 * np.log(3.0), 0, 0, 0]).reshape(1, 1, 1, 4)
+    keys_CSKH = jnp.array([[1.0, 0, 0, 0], [0, 0, 0, 0]]).reshape(1, 2, 1, 4)
+    values_CSKH = jnp.array([[4.0, 0, 0, 1], [0, 8, 0, 1]]).reshape(1, 2, 1, 4)
+    block = attention.KeyBlock(keys_CSKH, values_CSKH, jnp.ones((1, 1, 2), bool))
+    np.testing.assert_allclose(attend(q_BTNH, [block])[0, 0, 0], [3, 2, 0, 1], atol=1e-6)
+
+
+def test_grouped_heads_equal_a_loop_over_query_heads():
+    q_BTNH, keys_CSKH, values_CSKH = normal(0, 2, 3, 4, 6), normal(1, 2, 5, 2, 6), normal(2, 2, 5, 2, 6)
+    is_visible_BTS = jnp.tril(jnp.ones((3, 5), bool), 2)[None].repeat(2, axis=0)
+    out_BTNH = attend(q_BTNH, [attention.KeyBlock(keys_CSKH, values_CSKH, is_visible_BTS)])
+    for head in range(4):
+        keys_BSH, values_BSH = keys_CSKH[:, :, head // 2], values_CSKH[:, :, head // 2]
+        score_BTS = q_BTNH[:, :, head] @ keys_BSH.swapaxes(1, 2) / np.sqrt(6)
+        weight_BTS = jax.nn.softmax(jnp.where(is_visible_BTS, score_BTS, -jnp.inf))
+        np.testing.assert_allclose(out_BTNH[:, :, head], weight_BTS @ values_BSH, atol=1e-5)
+
+
+def test_two_blocks_equal_their_concatenation_and_large_scores_do_not_overflow():
+    q_BTNH, keys_CSKH, values_CSKH = 100 * normal(0, 2, 3, 4, 6), normal(1, 2, 5, 2, 6), normal(2, 2, 5, 2, 6)
+    is_visible_BTS = jnp.ones((2, 3, 5), bool).at[0, :, 1].set(False).at[1, 2, 2:].set(False)
+    whole = attention.KeyBlock(keys_CSKH, values_CSKH, is_visible_BTS)
+    halves = [
+        attention.KeyBlock(keys_CSKH[:, part], values_CSKH[:, part], is_visible_BTS[:, :, part])
+        for part in (slice(2, 5), slice(0, 2))
+    ]
+    expected_BTNH = attend(q_BTNH, [whole])
+    assert np.isfinite(expected_BTNH).all()
+    np.testing.assert_allclose(attend(q_BTNH, halves), expected_BTNH, atol=1e-5)
+
+
+def test_shared_key_rows_equal_repeated_ones_in_value_and_gradient():
+    q_BTNH, keys_CSKH, values_CSKH = normal(0, 6, 3, 4, 6), normal(1, 2, 5, 2, 6), normal(2, 2, 5, 2, 6)
+    is_visible_BTS = (jax.random.uniform(jax.random.key(3), (6, 3, 5)) < 0.6).at[:, :, 0].set(True)
+
+    def loss(keys_CSKH, values_CSKH, num_repeats):
+        keys, values = jnp.repeat(keys_CSKH, num_repeats, axis=0), jnp.repeat(values_CSKH, num_repeats, axis=0)
+        out_BTNH = attend(q_BTNH, [attention.KeyBlock(keys, values, is_visible_BTS)])
+        return jnp.sin(out_BTNH).sum(), out_BTNH
+
+    gradient_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    shared, repeated = gradient_of(keys_CSKH, values_CSKH, 1), gradient_of(keys_CSKH, values_CSKH, 3)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), shared, repeated)
+
+
+def test_visibility_by_hand():
+    own_TT = attention.own_visibility(jnp.array([[0, 1, 0, 0]]), jnp.array([[1, 1, 2, 0]]))[0]
+    np.testing.assert_array_equal(own_TT, np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], bool))
+    cached_BTS = attention.cache_visibility(jnp.array([[1, 0], [1, 1]]), jnp.array([2, 0]), 3)
+    np.testing.assert_array_equal(cached_BTS, np.array([[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]], bool))
+
+
+def test_unknown_implementation_and_rows_that_do_not_divide_are_refused():
+    block = attention.KeyBlock(normal(0, 2, 5, 1, 6), normal(1, 2, 5, 1, 6), jnp.ones((3, 1, 5), bool))
+    with pytest.raises(ValueError, match="flash9"):
+        attention.attend(normal(2, 2, 1, 1, 6), [block], implementation="flash9")
+    with pytest.raises(ValueError, match="3 token rows over 2 key rows"):
+        attention.attend(normal(2, 3, 1, 1, 6), [block])

@@ -1,0 +1,262 @@
+"""The transformer against Hugging Face's logits and against properties: causality, padding, packing, remat, scan.
+
+Legend: B rows, T tokens, D hidden, V vocab.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orchestra_jax.models import attention, transformer
+from orchestra_jax.models.config import MODELS, ModelConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = MODELS["tiny"]
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def apply(config, params, tokens_BT, positions_BT=None, segment_ids_BT=None):
+    tokens_BT = jnp.asarray(tokens_BT)
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(tokens_BT)
+    return forward(config, params, tokens_BT, jnp.asarray(positions_BT), jnp.asarray(segment_ids_BT))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens_BT, positions_BT, segment_ids_BT):
+    return transformer.Transformer(config).apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)[0]
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, TINY.vocab_size, shape)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init_params(TINY, jax.random.key(0))
+
+
+def from_hugging_face(golden, config):
+    """The golden file's weights in our tree: [out, in] matrices transposed, head dims split, layers stacked."""
+    shapes = {
+        "attention/query": ("self_attn.q_proj", (config.hidden_size, config.num_heads, config.head_dim)),
+        "attention/key": ("self_attn.k_proj", (config.hidden_size, config.num_kv_heads, config.head_dim)),
+        "attention/value": ("self_attn.v_proj", (config.hidden_size, config.num_kv_heads, config.head_dim)),
+        "attention/output": ("self_attn.o_proj", (config.num_heads, config.head_dim, config.hidden_size)),
+        "attention/query_norm/scale": ("self_attn.q_norm", (config.head_dim,)),
+        "attention/key_norm/scale": ("self_attn.k_norm", (config.head_dim,)),
+        "attention_norm/scale": ("input_layernorm", (config.hidden_size,)),
+        "feed_forward_norm/scale": ("post_attention_layernorm", (config.hidden_size,)),
+        "feed_forward/gate": ("mlp.gate_proj", (config.hidden_size, config.intermediate_size)),
+        "feed_forward/up": ("mlp.up_proj", (config.hidden_size, config.intermediate_size)),
+        "feed_forward/down": ("mlp.down_proj", (config.intermediate_size, config.hidden_size)),
+    }
+    params = {
+        "embedding": golden["model.embed_tokens.weight"],
+        "final_norm": {"scale": golden["model.norm.weight"]},
+        "layers": {},
+    }
+    for path, (name, shape) in shapes.items():
+        stacked = np.stack(
+            [golden[f"model.layers.{layer}.{name}.weight"].T.reshape(shape) for layer in range(config.num_layers)]
+        )
+        node = params["layers"]
+        *folders, leaf = path.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = stacked
+    if not config.is_tied:
+        params["head"] = golden["lm_head.weight"].T
+    return params
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_logits_equal_hugging_face(is_tied):
+    golden = np.load(GOLDEN / ("qwen3_tied.npz" if is_tied else "qwen3_untied.npz"))
+    config = dataclasses.replace(TINY, is_tied=is_tied)
+    golden_params = from_hugging_face(golden, config)
+    expected_tree = jax.eval_shape(lambda key: transformer.init_params(config, key), jax.random.key(0))
+    assert jax.tree.structure(golden_params) == jax.tree.structure(expected_tree)
+    is_real_BT = golden["attention_mask"].astype(bool)
+    hidden_BTD = apply(config, golden_params, golden["tokens"], segment_ids_BT=golden["attention_mask"])
+    logits_BTV = np.asarray(hidden_BTD @ transformer.head_weights(golden_params, config))
+    assert np.abs(golden["logits"][is_real_BT]).max() > 1
+    np.testing.assert_allclose(logits_BTV[is_real_BT], golden["logits"][is_real_BT], rtol=1e-4, atol=2e-5)
+
+
+def test_a_token_depends_on_itself_and_earlier_tokens_only(params):
+    tokens_BT = random_tokens(1, 7)
+    embedded_TD = params["embedding"][tokens_BT[0]]
+
+    def hidden_at(embedding_TD, step):
+        # Each token its own row of the embedding, so that the gradient tells the tokens apart.
+        inputs = {**params, "embedding": embedding_TD}
+        config = dataclasses.replace(TINY, vocab_size=7)
+        return apply(config, inputs, np.arange(7)[None])[0, step].sum()
+
+    gradient_of = jax.jit(jax.grad(hidden_at))
+    for step in (0, 3, 6):
+        influence_T = np.abs(np.asarray(gradient_of(embedded_TD, step))).sum(axis=1)
+        assert (influence_T[: step + 1] > 0).all()
+        assert (influence_T[step + 1 :] == 0).all()
+
+
+def test_padding_changes_no_real_token_and_is_finite(params):
+    tokens_BT = random_tokens(2, 5)
+    expected_BTD = apply(TINY, params, tokens_BT)
+    padded_BT = np.concatenate([random_tokens(2, 2, seed=1), tokens_BT, random_tokens(2, 3, seed=2)], axis=1)
+    positions_BT = np.tile([0, 0, 0, 1, 2, 3, 4, 0, 0, 0], (2, 1))
+    segment_ids_BT = np.tile([0, 0, 1, 1, 1, 1, 1, 0, 0, 0], (2, 1))
+    hidden_BTD = apply(TINY, params, padded_BT, positions_BT, segment_ids_BT)
+    assert np.isfinite(hidden_BTD).all()
+    np.testing.assert_allclose(hidden_BTD[:, 2:7], expected_BTD, atol=1e-5)
+
+
+def test_a_row_of_padding_has_finite_values_and_gradients(params):
+    zeros_BT = np.zeros((1, 4), int)
+    gradient_of = jax.jit(jax.grad(lambda params: apply(TINY, params, zeros_BT, zeros_BT, zeros_BT).sum()))
+    gradients = gradient_of(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+
+
+def test_packed_segments_equal_separate_rows(params):
+    first_BT, second_BT = random_tokens(1, 4), random_tokens(1, 6, seed=1)
+    packed_BTD = apply(
+        TINY,
+        params,
+        np.concatenate([first_BT, second_BT], axis=1),
+        np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]),
+        np.array([[1] * 4 + [2] * 6]),
+    )
+    np.testing.assert_allclose(packed_BTD[:, :4], apply(TINY, params, first_BT), atol=1e-5)
+    np.testing.assert_allclose(packed_BTD[:, 4:], apply(TINY, params, second_BT), atol=1e-5)
+
+
+def test_scan_equals_layer_by_layer(params):
+    tokens_BT = jnp.asarray(random_tokens(2, 6))
+    positions_BT = jnp.tile(jnp.arange(6)[None], (2, 1))
+    hidden_BTD = params["embedding"][tokens_BT]
+    block = jax.jit(transformer.Block(TINY).apply)
+    context = {
+        "rotary": transformer.rotary(positions_BT, TINY.head_dim, TINY.rope_theta),
+        "own": attention.own_visibility(positions_BT, jnp.ones_like(tokens_BT)),
+    }
+    for layer in range(TINY.num_layers):
+        layer_params = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
+        hidden_BTD, _ = block({"params": layer_params}, hidden_BTD, None, context)
+    final_norm = transformer.RMSNorm(TINY, "norm")
+    hidden_BTD = final_norm.apply({"params": params["final_norm"]}, hidden_BTD)
+    np.testing.assert_allclose(apply(TINY, params, tokens_BT), hidden_BTD, atol=1e-5)
+
+
+def test_rope_theta_changes_the_output_and_only_relative_positions_count(params):
+    tokens_BT = random_tokens(1, 6)
+    hidden_BTD = apply(TINY, params, tokens_BT)
+    other_theta_BTD = apply(dataclasses.replace(TINY, rope_theta=100.0), params, tokens_BT)
+    assert np.abs(hidden_BTD - other_theta_BTD).max() > 1e-3
+    shifted_BTD = apply(TINY, params, tokens_BT, np.arange(6)[None] + 17)
+    np.testing.assert_allclose(hidden_BTD, shifted_BTD, atol=1e-5)
+
+
+def test_rematerialisation_changes_no_value_and_no_gradient(params):
+    tokens_BT = random_tokens(2, 5)
+
+    def loss(params, config):
+        return jnp.square(apply(config, params, tokens_BT)).mean()
+
+    gradient_of = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    value, gradients = gradient_of(params, TINY)
+    for remat in transformer.REMAT_POLICIES:
+        remat_value, remat_gradients = gradient_of(params, dataclasses.replace(TINY, remat=remat))
+        np.testing.assert_allclose(value, remat_value, rtol=1e-6)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradients, remat_gradients)
+
+
+def test_unknown_remat_is_refused(params):
+    with pytest.raises(ValueError, match="remat='half'"):
+        apply(dataclasses.replace(TINY, remat="half"), params, random_tokens(1, 2))
+
+
+def test_bfloat16_compute_stays_near_float32(params):
+    tokens_BT = random_tokens(2, 5)
+    hidden_BTD = apply(dataclasses.replace(TINY, compute_dtype="bfloat16"), params, tokens_BT)
+    assert hidden_BTD.dtype == jnp.bfloat16
+    np.testing.assert_allclose(hidden_BTD.astype(jnp.float32), apply(TINY, params, tokens_BT), atol=0.15)
+
+
+def test_logical_axes_name_every_dim_of_every_parameter():
+    for config in (TINY, dataclasses.replace(TINY, is_tied=False)):
+        shapes = jax.eval_shape(lambda key, config=config: transformer.init_params(config, key), jax.random.key(0))
+        axes = transformer.logical_axes(config)
+        jax.tree.map(lambda shape, names: np.testing.assert_equal(len(names), shape.ndim), shapes, axes)
+        assert tuple(axes["layers"]["attention"]["query"]) == ("layers", "embed", "heads", "head_dim")
+        assert tuple(axes["layers"]["attention_norm"]["scale"]) == ("layers", "norm")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6b", 0.596), ("1.7b", 1.721), ("4b", 4.022), ("8b", 8.191), ("14b", 14.768), ("32b", 32.762)],
+)
+def test_named_sizes_have_the_published_number_of_parameters(name, billions):
+    config = MODELS[f"qwen3-{name}"]
+    shapes = jax.eval_shape(lambda key: transformer.init_params(config, key), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e9 == pytest.approx(billions, abs=6e-4)
+
+
+def test_config_refuses_heads_that_do_not_divide_and_odd_head_dims():
+    with pytest.raises(ValueError, match="num_heads=3"):
+        ModelConfig(8, 4, 4, 1, num_heads=3, num_kv_heads=2, head_dim=4)
+    with pytest.raises(ValueError, match="head_dim=5"):
+        ModelConfig(8, 4, 4, 1, num_heads=2, num_kv_heads=2, head_dim=5)
+
+
+def reference_logprobs_and_entropy(hidden_BTD, head_DV, targets_BT, temperature_B):
+    log_probabilities_BTV = jax.nn.log_softmax(hidden_BTD @ head_DV / temperature_B[:, None, None])
+    logprobs_BT = jnp.take_along_axis(log_probabilities_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
+    return logprobs_BT, -(jnp.exp(log_probabilities_BTV) * log_probabilities_BTV).sum(axis=-1)
+
+
+@pytest.mark.parametrize("chunk", [9, 1000])
+def test_token_logprobs_and_entropy_equal_log_softmax_in_value_and_gradient(chunk):
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden_BTD = jax.random.normal(keys[0], (3, 7, 5))
+    head_DV = jax.random.normal(keys[1], (5, 11))
+    targets_BT = jax.random.randint(keys[2], (3, 7), 0, 11)
+    temperature_B = jnp.array([0.5, 1.0, 2.0])
+    weights_2BT = jax.random.normal(keys[3], (2, 3, 7))
+
+    def weighted(function, hidden_BTD, head_DV):
+        logprobs_BT, entropy_BT = function(hidden_BTD, head_DV, targets_BT, temperature_B)
+        return (weights_2BT[0] * logprobs_BT + weights_2BT[1] * entropy_BT).sum(), (logprobs_BT, entropy_BT)
+
+    def chunked(*arguments):
+        return transformer.token_logprobs_and_entropy(*arguments, chunk)
+
+    gradient_of = jax.jit(jax.grad(weighted, argnums=(1, 2), has_aux=True), static_argnums=0)
+    gradients, values = gradient_of(chunked, hidden_BTD, head_DV)
+    expected_gradients, expected_values = gradient_of(reference_logprobs_and_entropy, hidden_BTD, head_DV)
+    for actual, expected in zip((*gradients, *values), (*expected_gradients, *expected_values), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    alone_BT = transformer.token_logprobs(hidden_BTD, head_DV, targets_BT, temperature_B, chunk)
+    np.testing.assert_allclose(alone_BT, values[0], atol=1e-6)
+
+
+def test_token_logprobs_never_holds_all_logits():
+    hidden = jax.ShapeDtypeStruct((4, 64, 8), jnp.float32)
+    head = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+
+    def loss(hidden_BTD, head_DV):
+        targets_BT = jnp.zeros((4, 64), jnp.int32)
+        return transformer.token_logprobs(hidden_BTD, head_DV, targets_BT, jnp.ones(4), chunk=8).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
+    all_logits_bytes = 4 * 64 * 4096 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < all_logits_bytes / 4

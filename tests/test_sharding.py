@@ -1,0 +1,92 @@
+"""Rules, meshes, and the sharded model against the unsharded one on eight simulated devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from orchestra_jax import sharding
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_names_become_the_axes_that_the_mesh_has():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    assert sharding.mesh_axes(("batch", "length", "activation"), mesh) == PartitionSpec(("data", "fsdp"), None, None)
+    assert sharding.mesh_axes(("embed", "heads", None), mesh) == PartitionSpec("fsdp", "tensor", None)
+    only_data = sharding.make_mesh({"data": 1})
+    assert sharding.mesh_axes(("embed", "heads", "batch"), only_data) == PartitionSpec(None, None, "data")
+
+
+def test_placed_arrays_keep_their_values_and_take_their_sharding():
+    mesh = sharding.make_mesh({"data": 1, "tensor": 1})
+    tree = {"weight": np.arange(6.0).reshape(2, 3)}
+    layout = sharding.shardings({"weight": PartitionSpec("embed", "mlp")}, mesh)
+    placed = sharding.place(tree, layout)
+    assert placed["weight"].sharding == layout["weight"]
+    np.testing.assert_array_equal(placed["weight"], tree["weight"])
+
+
+def test_mistakes_are_named():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with pytest.raises(ValueError, match="'colour'"):
+        sharding.mesh_axes(("embed", "colour"), mesh)
+    with pytest.raises(ValueError, match="two dims on one mesh axis"):
+        sharding.mesh_axes(("heads", "mlp"), mesh)
+    with pytest.raises(ValueError, match="needs 4096 devices"):
+        sharding.make_mesh({"data": 4096})
+
+
+SHARDED_EQUALS_UNSHARDED = """
+import dataclasses, jax, jax.numpy as jnp, numpy as np
+from orchestra_jax import sharding
+from orchestra_jax.models import kv_cache, transformer
+from orchestra_jax.models.config import MODELS
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+assert jax.device_count() == 8
+config = dataclasses.replace(MODELS["tiny"], vocab_size=38, remat="full", is_tied=False)
+params = transformer.init_params(config, jax.random.key(0))
+model = transformer.Transformer(config)
+prompts = np.random.default_rng(0).integers(0, 38, (4, 5))
+tokens = np.random.default_rng(1).integers(0, 38, (8, 6))
+
+def loss(params, prompts, tokens):
+    positions = jnp.broadcast_to(jnp.arange(5), (4, 5))
+    _, new = model.apply({"params": params}, prompts, positions, jnp.ones_like(prompts))
+    cache = kv_cache.shared_prefix_cache(new, jnp.full(4, 5), 2)
+    positions = jnp.broadcast_to(jnp.arange(5, 11), (8, 6))
+    hidden, _ = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens), cache)
+    head = transformer.head_weights(params, config)
+    return transformer.token_logprobs(hidden, head, tokens, jnp.ones(8), 16).mean()
+
+expected = jax.jit(jax.value_and_grad(loss))(params, prompts, tokens)
+for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4}):
+    mesh = sharding.make_mesh(sizes)
+    layout = sharding.shardings(transformer.logical_axes(config), mesh)
+    rows = sharding.shardings(jax.sharding.PartitionSpec("batch", None), mesh)
+    with sharding.mesh_context(mesh):
+        step = jax.jit(jax.value_and_grad(loss), in_shardings=(layout, rows, rows), out_shardings=(None, layout))
+        actual = step(*sharding.place((params, prompts, tokens), (layout, rows, rows)))
+    query = actual[1]["layers"]["attention"]["query"]
+    num_splits = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    assert query.addressable_shards[0].data.size * num_splits == query.size
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), actual, expected)
+print("sharded equals unsharded")
+"""
+
+
+@pytest.mark.slow
+def test_sharded_equals_unsharded_on_eight_devices():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment["PYTHONPATH"] = str(pathlib.Path(sharding.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", SHARDED_EQUALS_UNSHARDED], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "sharded equals unsharded" in result.stdout
