@@ -8,11 +8,14 @@ from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.corpus import build_documents, load_documents
 from orchestra_jax.data.questions import build_tasks
-from orchestra_jax.data.records import Task
+from orchestra_jax.data.preferences import PREFERENCES
+from orchestra_jax.data.records import Preference, Task
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search
 from orchestra_jax.experts.simulated import SimulatedExperts
+from orchestra_jax.generation.engine import Engine
+from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.models.config import MODELS, ModelConfig
 from orchestra_jax.rewards.preference import Objective
 from orchestra_jax.tools.local_search import LocalSearch
@@ -32,6 +35,28 @@ class Components:
     rollout: RolloutConfig
     train_tasks: tuple[Task, ...]
     test_tasks: tuple[Task, ...]
+    preferences: tuple[Preference, ...]
+
+
+ENGINES = {"jax": lambda config, parts, params, version: JaxEngine(parts.model_config, params, config.jax_engine, version)}
+
+
+def build_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
+    """The engine that `config.engine` names. ValueError for one that is not there."""
+    if config.engine not in ENGINES:
+        raise ValueError(f"engine {config.engine!r} is not one of {sorted(ENGINES)}")
+    return ENGINES[config.engine](config, parts, params, version)
+
+
+def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
+    """The five of the default world, or the one that `data.weights` describes in the words of "balanced"."""
+    if not weights:
+        return tuple(PREFERENCES.values())
+    if len(weights) != 3 or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"data.weights {weights} must be three weights, 0 or more: outcome, cost_usd, latency_s")
+    outcome, cost_usd, latency_s = (weight / sum(weights) for weight in weights)
+    named = {"outcome": outcome, "cost_usd": cost_usd, "latency_s": latency_s, "disallowed_calls": 0.0}
+    return (dataclasses.replace(PREFERENCES["balanced"], weights=named),)
 
 
 def build_components(config: RunConfig) -> Components:
@@ -67,4 +92,5 @@ def build_components(config: RunConfig) -> Components:
         ),
         train_tasks=build_tasks("train", config.data.num_tasks_per_cell, config.data.seed),
         test_tasks=build_tasks("test", config.data.num_test_tasks_per_cell, config.data.seed),
+        preferences=build_preferences(config.data.weights),
     )

@@ -15,6 +15,7 @@ class DataConfig:
     num_tasks_per_cell: int = 300  # training tasks of each family and kind
     num_test_tasks_per_cell: int = 60
     corpus_path: str = ""  # a JSONL file or a folder of text; empty: built from the tables
+    weights: tuple[float, ...] = ()  # outcome, cost_usd, latency_s of one preference in the place of the five
     seed: int = 0
 
 
@@ -62,9 +63,10 @@ class GrpoConfig:
     clip_high: float = 0.28
     dual_clip: float = 10.0
     correction_clip: float = 2.0
-    kl_coefficient: float = 0.0
+    kl_coefficient: float = 0.2  # to the warm start; falls linearly to the final one
+    final_kl_coefficient: float = 0.02
     entropy_coefficient: float = 0.0
-    aggregation: str = "rollout_mean"
+    aggregation: str = "token_mean"
     logprob_chunk: int = 4096
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=6e-4))
 
@@ -82,6 +84,7 @@ class RunConfig:
     engine: str = "jax"
     checkpoint_every: int = 50  # GRPO steps
     keep_checkpoints: int = 2
+    num_saved_groups: int = 4  # of each saved step, in trajectories/
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)

@@ -138,6 +138,11 @@ def write_json(path: pathlib.Path, value: object) -> None:
     write_text(path, json.dumps(json_value(value, path.stem), indent=2) + "\n")
 
 
+def read_json(path: pathlib.Path) -> dict[str, object]:
+    """The JSON object of a file that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces the file `path` by `text` (UTF-8); atomic."""
     temporary = path.with_name(f".{path.name}.tmp")

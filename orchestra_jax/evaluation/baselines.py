@@ -23,6 +23,7 @@ from orchestra_jax.evaluation.oracle import (
     optimal_policy,
     random_policy,
 )
+from orchestra_jax.experts.catalog import ROLES
 from orchestra_jax.experts.world import SkillTables
 
 
@@ -37,11 +38,13 @@ def by_score(score_IA: np.ndarray) -> Policy:
 
 def with_evidence_first(score_IE: np.ndarray, right_tool_I: np.ndarray) -> Policy:
     """Calls the tool that can bring the evidence once, then answers; at both by the expert of the highest score."""
+    tool_A = np.repeat(np.arange(len(ROLES)), NUM_EXPERTS)
+    score_IA = np.tile(score_IE, len(ROLES))
+    gathering_IA = np.where(tool_A == right_tool_I[:, None], score_IA, -1e9)
+    answering_IA = np.where(tool_A == ANSWER, score_IA, -1e9)
 
     def policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:
-        wanted_I = np.full(len(score_IE), ANSWER) if node.calls else right_tool_I
-        score_IA = np.where(np.arange(legal_IA.shape[1]) // NUM_EXPERTS == wanted_I[:, None], np.tile(score_IE, 3), -1e9)
-        return optimal_policy(node, legal_IA, score_IA)
+        return optimal_policy(node, legal_IA, answering_IA if node.calls else gathering_IA)
 
     return policy
 
@@ -49,16 +52,19 @@ def with_evidence_first(score_IE: np.ndarray, right_tool_I: np.ndarray) -> Polic
 def knowing_only(key_I: np.ndarray) -> Policy:
     """The best policy that sees its key, who is on offer and what came back, but nothing else of the instance.
 
-    An action's value is its mean over the instances of the same key *for which it is legal*.
+    An action's value is its mean over the instances of the same key for which it is legal, each with the chance of coming
+    to the node at all: whoever lacks one of the experts called so far says nothing about what to do next.
     """
-    groups = [np.flatnonzero(key_I == key) for key in np.unique(key_I)]
+    row_of_key, group_I = np.unique(key_I, return_inverse=True)
+    order_I = np.argsort(group_I, kind="stable")
+    starts_K = np.searchsorted(group_I[order_I], np.arange(len(row_of_key)))
 
     def policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:
-        mean_IA = np.zeros_like(believed_IA)
-        for rows in groups:
-            count_A = np.maximum(legal_IA[rows].sum(axis=0), 1)
-            mean_IA[rows] = (believed_IA[rows] * legal_IA[rows]).sum(axis=0) / count_A
-        return optimal_policy(node, legal_IA, mean_IA)
+        chance_IA = legal_IA * node.reach_I[:, None]
+        total_KA = np.add.reduceat((believed_IA * chance_IA)[order_I], starts_K)
+        chance_KA = np.add.reduceat(chance_IA[order_I], starts_K)
+        mean_KA = total_KA / np.where(chance_KA > 0, chance_KA, 1.0)
+        return optimal_policy(node, legal_IA, mean_KA[group_I])
 
     return policy
 
@@ -77,9 +83,9 @@ def evaluate_baselines(instances: Sequence[Instance], charges: Charges, skills: 
     mean_weights_IM = np.broadcast_to(charges.weights_IM.mean(axis=0), charges.weights_IM.shape)
     policies = {
         "random": random_policy,
-        "strongest": by_score(np.tile(strength_IE, 3) + answer_only),
+        "strongest": by_score(np.tile(strength_IE, len(ROLES)) + answer_only),
         "strongest_with_evidence": with_evidence_first(strength_IE, right_tool_I),
-        "cheapest": by_score(np.tile(cheapness_IE, 3) + answer_only),
+        "cheapest": by_score(np.tile(cheapness_IE, len(ROLES)) + answer_only),
         "cheapest_with_evidence": with_evidence_first(cheapness_IE, right_tool_I),
         "best_fixed_route": knowing_only(preference),
         "best_route_per_family": knowing_only(family_key),

@@ -57,6 +57,7 @@ class Node:
     is_disallowed_I: np.ndarray
     calls: tuple[tuple[int, int], ...]  # (tool, expert), in order
     failed: frozenset[tuple[int, int]]
+    reach_I: np.ndarray  # the chance of coming here for whoever makes these calls; 0 where one of them is not on offer
 
 
 # What a policy is: (node, legal_IA, believed_IA) -> probabilities_IA. `believed_IA` are the expected utilities of the actions
@@ -76,9 +77,9 @@ STATISTICS = (
 def make_charges(instances: Sequence[Instance], config: WorldConfig) -> Charges:
     """The tables of the recursion; an expert that is not on offer has zero charges and a False mask."""
     skills, num_instances = skill_tables(config), len(instances)
-    is_offered_IE = np.zeros((num_instances, NUM_EXPERTS), bool)
-    is_disallowed_IE = np.zeros((num_instances, NUM_EXPERTS), bool)
-    cost_RIE, latency_RIE, success_RIE = (np.zeros((4, num_instances, NUM_EXPERTS)) for _ in range(3))
+    # In memory the instances come last, so that numpy's inner loop runs over them and not over a handful of experts.
+    is_offered_IE, is_disallowed_IE = (np.zeros((NUM_EXPERTS, num_instances), bool).T for _ in range(2))
+    cost_RIE, latency_RIE, success_RIE = (np.zeros((4, NUM_EXPERTS, num_instances)).swapaxes(1, 2) for _ in range(3))
     column = {expert.alias: index for index, expert in enumerate(EXPERTS)}
     for i, instance in enumerate(instances):
         family, kind = FAMILY_INDEX[instance.task.family], KIND_INDEX[instance.task.kind]
@@ -112,12 +113,21 @@ def make_charges(instances: Sequence[Instance], config: WorldConfig) -> Charges:
 
 
 def root(charges: Charges) -> Node:
-    zeros = np.zeros(len(charges.weights_IM))
-    return Node(False, zeros, zeros, zeros.astype(bool), (), frozenset())
+    num_instances = len(charges.weights_IM)
+    zeros_I = np.zeros(num_instances)
+    return Node(False, zeros_I, zeros_I, zeros_I.astype(bool), (), frozenset(), np.ones(num_instances))
+
+
+def found_chance(charges: Charges, node: Node, tool: int, expert: int) -> np.ndarray:
+    """[I]: the chance that the evidence is there behind an evidence call; a writer that failed once fails again."""
+    if node.has_evidence:
+        return np.ones(len(charges.weights_IM))
+    return charges.success_RIE[tool, :, expert] * ((tool, expert) not in node.failed)
 
 
 def after_call(charges: Charges, node: Node, tool: int, expert: int, is_found: bool) -> Node:
     """The node behind an evidence call that brought the evidence (`is_found`) or did not."""
+    found_I = found_chance(charges, node, tool, expert)
     return Node(
         node.has_evidence or is_found,
         node.cost_usd_I + charges.turn_cost_usd + charges.cost_usd_RIE[tool, :, expert],
@@ -125,6 +135,7 @@ def after_call(charges: Charges, node: Node, tool: int, expert: int, is_found: b
         node.is_disallowed_I | charges.is_disallowed_IE[:, expert],
         (*node.calls, (tool, expert)),
         node.failed if is_found else node.failed | {(tool, expert)},
+        node.reach_I * charges.is_offered_IE[:, expert] * (found_I if is_found else 1 - found_I),
     )
 
 
@@ -136,28 +147,15 @@ def utility(charges: Charges, weights_IM, success_IE, cost_usd_IE, latency_s_IE,
     return success_IE * (w_o + w_c * cheapness_IE + w_l * speed_IE) - w_x * is_disallowed_IE
 
 
-def answer(charges: Charges, node: Node, believed_weights_IM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends the episode with each of the experts: statistics [I, E, S] and believed utilities [I, E]."""
+def answer(charges: Charges, node: Node) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What ending the episode with each of the experts comes to: success, cost_usd, latency_s, is_disallowed; [I, E]."""
     role = ANSWER + int(node.has_evidence)
-    outcome = (
+    return (
         charges.success_RIE[role],
         node.cost_usd_I[:, None] + charges.turn_cost_usd + charges.cost_usd_RIE[role],
         node.latency_s_I[:, None] + charges.turn_latency_s + charges.latency_s_RIE[role],
+        node.is_disallowed_I[:, None] | charges.is_disallowed_IE,
     )
-    is_disallowed_IE = node.is_disallowed_I[:, None] | charges.is_disallowed_IE
-    tool_calls = np.array([sum(tool == t for tool, _ in node.calls) for t in range(len(ROLES))], float)
-    tool_calls[ANSWER] += 1
-    expert_calls_EE = np.eye(NUM_EXPERTS) + [sum(expert == e for _, expert in node.calls) for e in range(NUM_EXPERTS)]
-    shape = outcome[0].shape
-    statistics_IES = np.concatenate(
-        [
-            np.stack([utility(charges, charges.weights_IM, *outcome, is_disallowed_IE), *outcome], axis=-1),
-            np.broadcast_to(tool_calls, (*shape, len(ROLES))),
-            np.broadcast_to(expert_calls_EE, (*shape, NUM_EXPERTS)),
-        ],
-        axis=-1,
-    )
-    return statistics_IES, utility(charges, believed_weights_IM, *outcome, is_disallowed_IE)
 
 
 def evaluate(
@@ -169,32 +167,58 @@ def evaluate(
     """
     node = root(charges) if node is None else node
     believed_weights_IM = charges.weights_IM if believed_weights_IM is None else believed_weights_IM
-    num_instances, num_actions = len(charges.weights_IM), len(ROLES) * NUM_EXPERTS
-    statistics_IAS = np.zeros((num_instances, num_actions, len(STATISTICS)))
-    believed_IA = np.zeros((num_instances, num_actions))
-    last = slice(ANSWER * NUM_EXPERTS, None)
-    statistics_IAS[:, last], believed_IA[:, last] = answer(charges, node, believed_weights_IM)
-    is_last_call = len(node.calls) + 1 == charges.max_calls
+    num_instances, num_early = len(charges.weights_IM), ANSWER * NUM_EXPERTS
     # On the last call only `answer` is worth considering: an episode without an answer is worth nothing.
-    is_legal_A = np.repeat([not is_last_call, not is_last_call, True], NUM_EXPERTS)
-    for action in range(0 if is_last_call else ANSWER * NUM_EXPERTS):
+    is_last_call = len(node.calls) + 1 == charges.max_calls
+    believed_IA = np.zeros((num_early + NUM_EXPERTS, num_instances)).T
+    early = []  # (action, chance_I, statistics_IS) by evidence call and what it brings
+    for action in range(0 if is_last_call else num_early):
         tool, expert = divmod(action, NUM_EXPERTS)
-        found_I = charges.success_RIE[tool, :, expert] * ((tool, expert) not in node.failed)
-        found_I = np.ones_like(found_I) if node.has_evidence else found_I
+        found_I = found_chance(charges, node, tool, expert)
         for is_found, chance_I in ((True, found_I), (False, 1 - found_I)):
             if chance_I.any():
                 child = after_call(charges, node, tool, expert, is_found)
                 statistics_IS, believed_I = evaluate(charges, policy, believed_weights_IM, child)
-                statistics_IAS[:, action] += chance_I[:, None] * statistics_IS
+                early.append((action, chance_I, statistics_IS))
                 believed_IA[:, action] += chance_I * believed_I
-    legal_IA = np.tile(charges.is_offered_IE, (1, len(ROLES))) & is_legal_A
+    answered = answer(charges, node)
+    utility_IE = utility(charges, charges.weights_IM, *answered)
+    is_believed_true = believed_weights_IM is charges.weights_IM
+    believed_IA[:, num_early:] = utility_IE if is_believed_true else utility(charges, believed_weights_IM, *answered)
+
+    legal_IA = np.concatenate([charges.is_offered_IE & (tool == ANSWER or not is_last_call) for tool in range(len(ROLES))], 1)
     chance_IA = policy(node, legal_IA, believed_IA)
-    return np.einsum("ia,ias->is", chance_IA, statistics_IAS), np.einsum("ia,ia->i", chance_IA, believed_IA)
+    statistics_IS = _answer_statistics(node, chance_IA[:, num_early:], (utility_IE, *answered[:3]))
+    for action, chance_I, further_IS in early:
+        statistics_IS += (chance_IA[:, action] * chance_I)[:, None] * further_IS
+    return statistics_IS, np.einsum("ia,ia->i", chance_IA, believed_IA)
+
+
+def _answer_statistics(node: Node, chance_IE: np.ndarray, values_IE: Sequence[np.ndarray]) -> np.ndarray:
+    """[I, S]: the share that ending the episode here, by each expert with its chance, has in the expected statistics.
+
+    values_IE: the first four of STATISTICS. How often each tool and expert was called before is the same for all of I.
+    """
+    statistics_IS = np.empty((len(STATISTICS), len(chance_IE))).T
+    for column, value_IE in enumerate(values_IE):
+        statistics_IS[:, column] = np.einsum("ie,ie->i", chance_IE, value_IE)
+    ending_I = chance_IE.sum(axis=1)
+    columns = iter(range(len(values_IE), len(STATISTICS)))
+    for tool, column in zip(range(len(ROLES)), columns):
+        count = sum(called == tool for called, _ in node.calls) + int(tool == ANSWER)
+        statistics_IS[:, column] = count * ending_I
+    for expert, column in zip(range(NUM_EXPERTS), columns):
+        count = sum(called == expert for _, called in node.calls)
+        statistics_IS[:, column] = count * ending_I + chance_IE[:, expert]
+    return statistics_IS
 
 
 def optimal_policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:
-    """Takes the action of the highest believed value; the first one among equals."""
-    return np.eye(legal_IA.shape[1])[np.argmax(np.where(legal_IA, believed_IA, -np.inf), axis=1)]
+    """Takes the action of the highest believed value; among equals the last one, so that it rather answers than calls on."""
+    value_IA = np.where(legal_IA, believed_IA, -np.inf)
+    is_best_IA = value_IA == value_IA.max(axis=1, keepdims=True)
+    num_best_from_here_IA = np.cumsum(is_best_IA[:, ::-1], axis=1)[:, ::-1]
+    return (is_best_IA & (num_best_from_here_IA == 1)).astype(float)
 
 
 def random_policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:

@@ -52,7 +52,6 @@ class LossSettings:
     clip_high: float
     dual_clip: float
     correction_clip: float
-    kl_coefficient: float
     entropy_coefficient: float
     aggregation: str
     logprob_chunk: int
@@ -105,7 +104,7 @@ def batch_logprobs(params, batch: MicroBatch, temperature, *, config: ModelConfi
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
 def add_gradients(
-    gradients, params, batch: MicroBatch, old_logprobs_BC, reference_logprobs_BC, temperature, denominator, *, config, settings
+    gradients, params, batch: MicroBatch, old_logprobs_BC, reference_logprobs_BC, temperature, kl_coefficient, denominator, *, config, settings
 ):
     """Adds the micro-batch's gradients to `gradients` and returns them with its metrics.
 
@@ -127,7 +126,7 @@ def add_gradients(
             batch.advantages_B,
             batch.loss_mask_BC,
             denominator=denominator,
-            kl_coefficient=settings.kl_coefficient,
+            kl_coefficient=kl_coefficient if reference_logprobs_BC is not None else 0.0,
             correction_clip=settings.correction_clip,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
@@ -154,6 +153,7 @@ def train_step(
     batches: Sequence[MicroBatch],
     temperature: float,
     reference_params,
+    kl_coefficient: float,
     *,
     config: ModelConfig,
     settings: LossSettings,
@@ -169,13 +169,13 @@ def train_step(
     denominator = sum(float(loss_denominator(mask_BC, settings.aggregation)) for mask_BC in masks_BC if mask_BC.any())
     logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
     old = [logprobs(state.params, batch, temperature) if num_updates > 1 else None for batch in batches]
-    reference = [logprobs(reference_params, batch, temperature) if settings.kl_coefficient else None for batch in batches]
+    reference = [logprobs(reference_params, batch, temperature) if kl_coefficient else None for batch in batches]
     for _ in range(num_updates):
         gradients = jax.tree.map(jnp.zeros_like, state.params)
         metrics = []
         for batch, old_BC, reference_BC in zip(batches, old, reference, strict=True):
             gradients, some = add_gradients(
-                gradients, state.params, batch, old_BC, reference_BC, temperature, denominator,
+                gradients, state.params, batch, old_BC, reference_BC, temperature, kl_coefficient, denominator,
                 config=config, settings=settings,
             )  # fmt: skip
             metrics.append(some)

@@ -1,0 +1,120 @@
+"""What one training step did, as named numbers: the values of metrics.METRICS. Computes; writes nothing."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from orchestra_jax.data.records import Instance
+from orchestra_jax.grpo.scoring import ScoredGroups
+from orchestra_jax.rewards.preference import Objective, objective_vector, utility
+from orchestra_jax.types import CallStatus, EpisodeStatus, Trajectory, TrajectoryGroup
+
+TRUNCATED = (EpisodeStatus.TOKEN_LIMIT, EpisodeStatus.TURN_LIMIT)
+
+
+def rollout_metrics(
+    instances: Sequence[Instance],
+    groups: Sequence[TrajectoryGroup],
+    scored: ScoredGroups,
+    objectives: Sequence[Objective],
+    losses: Mapping[str, float],
+    seconds: Sequence[float],
+) -> dict[str, float]:
+    """`seconds`: of the rollouts, of scoring and packing, of the update."""
+    rollouts = [each for group in groups for each in group.trajectories]
+    values = {
+        **_scores(instances, groups, scored, objectives),
+        **_calls(instances, groups),
+        **_episodes(rollouts),
+        **_filters(scored, rollouts),
+        **{f"loss/{name}": value for name, value in losses.items() if name not in ("loss", "gradient_norm")},
+        **_speed(rollouts, losses, seconds),
+    }
+    if losses:
+        values |= {"loss/total": losses["loss"], "optimizer/gradient_norm": losses["gradient_norm"]}
+    return values
+
+
+def _scores(instances, groups, scored: ScoredGroups, objectives) -> dict[str, float]:
+    sums = collections.defaultdict(list)
+    for number, (instance, group) in enumerate(zip(instances, groups, strict=True)):
+        weights_M = objective_vector(group.weights, objectives)
+        for g in np.flatnonzero(scored.valid_PG[number]):
+            values = group.trajectories[g].objectives
+            scores = {
+                "reward": scored.rewards_PG[number, g],
+                "accuracy": values["outcome"],
+                "utility": utility(objective_vector(values, objectives), weights_M, objectives),
+            }
+            for name, score in scores.items():
+                sums[f"score/{name}"].append(score)
+                sums[f"score/{name}/{instance.preference.name}"].append(score)
+            for objective in objectives:
+                sums[f"objective/{objective.name}"].append(values[objective.name])
+                sums[f"objective/{instance.preference.name}/{objective.name}"].append(values[objective.name])
+    return {name: float(np.mean(numbers)) for name, numbers in sums.items()}
+
+
+def _calls(instances, groups) -> dict[str, float]:
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    num_rollouts: collections.Counter = collections.Counter()
+    for instance, group in zip(instances, groups, strict=True):
+        preference = instance.preference.name
+        num_rollouts[preference] += len(group.trajectories)
+        for record in (record for each in group.trajectories for record in each.calls):
+            if record.status == CallStatus.OK:
+                counts[preference][record.call.name] += 1
+                counts[preference][str(record.call.arguments["model"])] += 1
+    return {
+        f"calls/{preference}/{name}": count / num_rollouts[preference]
+        for preference, counter in counts.items()
+        for name, count in counter.items()
+    }
+
+
+def _episodes(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    calls = [record for each in rollouts for record in each.calls]
+    sampled = np.concatenate([each.logprobs[each.loss_mask] for each in rollouts])
+    statuses = collections.Counter(each.status for each in rollouts)
+    return {
+        "calls/per_rollout": len(calls) / len(rollouts),
+        "calls/refused_share": sum(record.status == CallStatus.REFUSED for record in calls) / max(len(calls), 1),
+        "episode/completion_tokens": float(np.mean([each.num_completion_tokens for each in rollouts])),
+        "episode/prompt_tokens": float(np.mean([each.num_prompt_tokens for each in rollouts])),
+        "episode/truncated_share": sum(statuses[status] for status in TRUNCATED) / len(rollouts),
+        **{f"episode/status/{status}": count / len(rollouts) for status, count in statuses.items()},
+        "sampler/logprob_mean": float(sampled.mean()) if len(sampled) else 0.0,
+    }
+
+
+def _filters(scored: ScoredGroups, rollouts) -> dict[str, float]:
+    num_groups = len(scored.rewards_PG)
+    completion_mask = np.concatenate([each.loss_mask[each.num_prompt_tokens :] for each in rollouts])
+    values = {
+        "filter/kept_groups_share": len(scored.kept) / num_groups,
+        "filter/failed_share": float(1 - scored.valid_PG.mean()),
+        "filter/masked_tokens_share": float(1 - completion_mask.mean()),
+        **{f"filter/reason/{reason}": count / num_groups for reason, count in scored.dropped.items()},
+    }
+    if scored.kept:
+        values["advantage/std"] = float(scored.advantages_KG.std())
+        values["advantage/clipped_share"] = float(scored.is_clipped_KG.mean())
+    return values
+
+
+def _speed(rollouts, losses, seconds) -> dict[str, float]:
+    rollout_s, batch_s, train_s = (float(each) for each in seconds)
+    step_s = rollout_s + batch_s + train_s
+    num_sampled = sum(int(each.loss_mask.sum()) for each in rollouts)
+    return {
+        "speed/rollout_s": rollout_s,
+        "speed/batch_s": batch_s,
+        "speed/train_s": train_s,
+        "speed/step_s": step_s,
+        "speed/rollouts_per_s": len(rollouts) / step_s,
+        "speed/trained_tokens_per_s": losses.get("num_tokens", 0.0) / step_s,
+        "sampler/tokens_per_s": num_sampled / rollout_s,
+    }

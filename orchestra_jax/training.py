@@ -1,0 +1,223 @@
+"""The loop on one screen: warm start, then [rollouts -> rewards and advantages -> update -> weights to the engine]*.
+
+`run` is the whole job: it opens or resumes a run directory, trains, evaluates and returns the summary. A run resumes at
+the step of its last checkpoint with the same data, keys and weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from orchestra_jax.checkpoints import Checkpointer
+from orchestra_jax.components import Components, build_components, build_engine
+from orchestra_jax.config import GrpoConfig, RunConfig
+from orchestra_jax.data.pipeline import make_training_iterator
+from orchestra_jax.demonstrations import demonstrate
+from orchestra_jax.environments.groups import run_groups
+from orchestra_jax.evaluation.evaluate import evaluate_run
+from orchestra_jax.grpo.batching import BatchShape, make_micro_batches
+from orchestra_jax.grpo.scoring import score_groups
+from orchestra_jax.grpo.train_step import LossSettings, TrainState, init_state, make_optimizer, train_step
+from orchestra_jax.metrics import MetricsWriter
+from orchestra_jax.models.transformer import init_params
+from orchestra_jax.rollout_metrics import rollout_metrics
+from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
+from orchestra_jax.seeds import derive_seed
+from orchestra_jax.supervised import supervised_step
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint holds, besides the data iterator's own state."""
+
+    state: TrainState
+    reference_params: object  # the warm start: what the KL term pulls towards
+    step: int  # GRPO steps done
+    wall_s: float  # of earlier sessions of the run
+
+
+def run(config: RunConfig, workdir: str) -> dict[str, object]:
+    """Trains and evaluates; returns the summary that it also writes to `workdir`/summary.json.
+
+    ValueError for a mistake in the config or the directory. On an interrupt it saves first, then raises
+    KeyboardInterrupt. A finished run is not run again: its summary is returned.
+    """
+    start_s = time.monotonic()
+    directory = open_run_directory(workdir, config_as_dict(config))
+    if directory.summary_path.exists():
+        return read_json(directory.summary_path)
+    parts = build_components(config)
+    with contextlib.ExitStack() as stack:
+        stack.callback(parts.sandbox.close)
+        metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
+        checkpointer = stack.enter_context(Checkpointer(directory.checkpoints_path, config.keep_checkpoints))
+        batches = make_training_iterator(
+            parts.train_tasks, parts.preferences, config.world, config.grpo.num_groups, derive_seed(config.seed, "grpo")
+        )
+        progress = restore(config, parts, checkpointer, batches)
+        if progress is None:
+            progress = warm_start(config, parts)
+            save(progress, checkpointer, batches, start_s)
+        progress = improve(config, parts, progress, batches, metrics, checkpointer, directory, start_s)
+        summary = evaluate_run(config, parts, progress.state.params, progress.reference_params, directory)
+    summary["wall_s"] = progress.wall_s + time.monotonic() - start_s
+    directory.write_summary(summary)
+    return summary
+
+
+def warm_start(config: RunConfig, parts: Components) -> Progress:
+    """Supervised training on demonstrations of random routes."""
+    settings = config.warm_start
+    optimizer = make_optimizer(settings.optimizer, settings.num_steps)
+    state = init_state(init_params(parts.model_config, jax.random.key(config.seed)), optimizer)
+    batches = make_training_iterator(
+        parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
+    )
+    longest = max(config.grpo.completion_buckets)
+    shape = BatchShape(settings.num_groups, settings.group_size, config.grpo.max_prompt_tokens, (longest,))
+    ones_PG = np.ones((settings.num_groups, settings.group_size))
+    bar = tqdm(range(settings.num_steps), desc="warm start")
+    for step in bar:
+        groups = demonstrate(
+            next(batches), settings.group_size, parts.environment, parts.chat, parts.rollout, derive_seed(config.seed, step)
+        )
+        (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
+        state, loss = supervised_step(
+            state, batch, config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk
+        )
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+    optimizer = grpo_optimizer(config.grpo)
+    return Progress(init_state(state.params, optimizer), jax.tree.map(jnp.copy, state.params), 0, 0.0)
+
+
+def improve(
+    config: RunConfig, parts, progress: Progress, batches: Iterator, metrics, checkpointer, directory: RunDirectory, start_s
+) -> Progress:
+    """GRPO from `progress.step` on."""
+    settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
+    engine = build_engine(config, parts, progress.state.params, version=progress.step)
+    bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)
+    with interrupt_flag() as interrupt:
+        for step in bar:
+            clock = [time.monotonic()]
+            instances = next(batches)
+            groups = run_groups(
+                instances, settings.group_size, parts.environment, engine, parts.chat, parts.rollout,
+                derive_seed(config.seed, "rollout", step),
+            )  # fmt: skip
+            clock.append(time.monotonic())
+            scored = score_groups(
+                groups, parts.objectives, range_rule=settings.range_rule, divide_by_std=settings.divide_by_std,
+                min_group_std=settings.min_group_std, advantage_clip=settings.advantage_clip,
+            )  # fmt: skip
+            kept = list(scored.kept)
+            micro_batches = make_micro_batches(
+                [groups[number] for number in kept], scored.advantages_KG, scored.valid_PG[kept], batch_shape(settings)
+            )
+            clock.append(time.monotonic())
+            losses = {}
+            if micro_batches:
+                progress.state, losses = train_step(
+                    progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
+                    kl_coefficient(settings, step), config=parts.model_config, settings=loss_settings(settings),
+                    optimizer=optimizer, num_updates=settings.num_updates,
+                )  # fmt: skip
+            asyncio.run(engine.update_weights(progress.state.params, step + 1))
+            progress.step = step + 1
+            clock.append(time.monotonic())
+            values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
+            metrics.write(step, values)
+            bar.set_postfix(reward=f"{values['score/reward']:.3f}", accuracy=f"{values['score/accuracy']:.2f}")
+            if step % config.checkpoint_every == 0:
+                directory.write_trajectories(step, groups[: config.num_saved_groups])
+            if interrupt.is_set or progress.step % config.checkpoint_every == 0 or progress.step == settings.num_steps:
+                save(progress, checkpointer, batches, start_s)
+            if interrupt.is_set:
+                raise KeyboardInterrupt
+    return progress
+
+
+def grpo_optimizer(settings: GrpoConfig):
+    return make_optimizer(settings.optimizer, settings.num_steps * settings.num_updates)
+
+
+def batch_shape(settings: GrpoConfig) -> BatchShape:
+    return BatchShape(
+        settings.groups_per_micro_batch, settings.group_size, settings.max_prompt_tokens, settings.completion_buckets
+    )
+
+
+def loss_settings(settings: GrpoConfig) -> LossSettings:
+    return LossSettings(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(LossSettings)}
+    )
+
+
+def kl_coefficient(settings: GrpoConfig, step: int) -> float:
+    """Falls linearly from `kl_coefficient` to `final_kl_coefficient`: explore near the warm start first, then commit."""
+    share = step / max(settings.num_steps - 1, 1)
+    return settings.kl_coefficient + (settings.final_kl_coefficient - settings.kl_coefficient) * share
+
+
+def save(progress: Progress, checkpointer: Checkpointer, batches: Iterator, start_s: float) -> None:
+    """One atomic checkpoint of everything the next step depends on."""
+    arrays = {"state": progress.state, "reference_params": progress.reference_params}
+    wall_s = progress.wall_s + time.monotonic() - start_s
+    checkpointer.save(progress.step, arrays, {"data_iterator": batches.get_state(), "wall_s": wall_s})
+
+
+def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, batches: Iterator) -> Progress | None:
+    """The last checkpoint, with `batches` set to go on behind it; None if there is none."""
+    step = checkpointer.latest_step()
+    if step is None:
+        return None
+
+    def initial():
+        params = init_params(parts.model_config, jax.random.key(0))
+        return {"state": init_state(params, grpo_optimizer(config.grpo)), "reference_params": params}
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), jax.eval_shape(initial)
+    )
+    arrays, host = checkpointer.restore(step, abstract)
+    batches.set_state(host["data_iterator"])
+    return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"])
+
+
+class Interrupt:
+    """Set by Ctrl-C; read between steps, when the state is whole."""
+
+    is_set = False
+
+    def set(self, *_) -> None:
+        self.is_set = True
+
+
+@contextlib.contextmanager
+def interrupt_flag():
+    """Turns the first Ctrl-C into a flag; a second one interrupts at once."""
+    interrupt = Interrupt()
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(*_):
+        interrupt.set()
+        signal.signal(signal.SIGINT, previous)
+        tqdm.write("interrupted: saving after this step")
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
