@@ -1,11 +1,11 @@
-"""How far does one knob move a policy? A training run per preference vector, then the cost-accuracy front over the runs.
+"""How far does one knob move a policy? A run per preference vector, then the cost-accuracy front over the runs.
 
     python -m experiments.sweep_preferences --config=configs/quickstart.py --workdir=runs/sweep \
         --weights=1,0,0 --weights=0.5,0.5,0
 
-Each run is the config's with that one preference in place of the five, in <workdir>/<outcome>_<cost>_<latency>. They run
-one after another; the same command goes on where it was stopped, and finished runs are not run again. At the end: a
-table, and front.png in the workdir. `tensorboard --logdir=<workdir>` shows the runs side by side.
+Each run is the config's with that one preference in place of the five, in <workdir>/<outcome>_<cost>_<latency>, one
+after another. The same command goes on where it was stopped: training.run returns the summary of a finished run. At the
+end: a table, and front.png in the workdir. `tensorboard --logdir=<workdir>` shows the runs side by side.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class GrpoConfig:
     num_groups: int = 32  # instances a step
     group_size: int = 8  # rollouts of each
     groups_per_micro_batch: int = 8
-    max_prompt_tokens: int = 128
-    completion_buckets: tuple[int, ...] = (64, 96)
+    max_prompt_tokens: int = 88
+    completion_buckets: tuple[int, ...] = (48, 80, 112)
     num_updates: int = 1  # optimizer steps on each batch
     range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
     divide_by_std: bool = True
@@ -74,6 +74,7 @@ class GrpoConfig:
 @dataclasses.dataclass
 class EvaluationConfig:
     num_per_preference: int = 300
+    num_clairvoyant_draws: int = 16
     seed: int = 1_000_000
 
 

@@ -20,7 +20,7 @@ from orchestra_jax.environments.rollout import RolloutConfig, run_episode
 from orchestra_jax.experts.catalog import ROLES
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
 from orchestra_jax.seeds import derive_seed
-from orchestra_jax.types import ToolCall, TrajectoryGroup
+from orchestra_jax.types import ToolCall, Trajectory, TrajectoryGroup
 
 
 def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Generator) -> ToolCall:
@@ -47,16 +47,21 @@ def demonstrate(
 
     engine = ScriptedEngine(script)
 
-    async def play() -> list:
-        return await asyncio.gather(
-            *(
-                run_episode(instance, index, environment, engine, chat, config, seed)
-                for instance in instances
-                for index in range(group_size)
+    trajectories: list[Trajectory] = []
+
+    async def play() -> None:
+        # Not returned: asyncio.run spells out the result of its coroutine when it puts the signal handler back.
+        trajectories.extend(
+            await asyncio.gather(
+                *(
+                    run_episode(instance, index, environment, engine, chat, config, seed)
+                    for instance in instances
+                    for index in range(group_size)
+                )
             )
         )
 
-    trajectories = asyncio.run(play())
+    asyncio.run(play())
     return [
         TrajectoryGroup(
             instance.instance_id,

@@ -40,7 +40,8 @@ def make_training_iterator(
         .random_map(_MakeInstance(preferences, world))
         .batch(num_groups, batch_fn=list)
     )
-    return iter(dataset.to_iter_dataset())
+    # An instance is cheap to make: threads would make hundreds of batches ahead and hold up the first one.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
 def evaluation_instances(

@@ -64,13 +64,14 @@ def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
 
 
 def restate(instance: Instance) -> str:
-    """The thinking of a demonstration: what the prompt says (family, kind, preference, experts), never what to choose."""
-    import os
-    T=os.environ.get("THINK","A")
-    if T=="A": aliases = " ".join(offer.alias for offer in instance.offers)
-    if T=="B": aliases = " ".join(f"{offer.alias} ${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s" for offer in instance.offers)
-    if T=="C": aliases = " ".join(f"${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}" for offer in instance.offers)
-    return f"{instance.task.family} {instance.task.kind} {instance.preference.name} {aliases}"
+    """The thinking of a demonstration: what the prompt says (family, kind, preference, experts), never what to choose.
+
+    Price and latency stand before the alias, so that a causal model knows all three where it reads the alias.
+    """
+    experts = [
+        f"${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}" for offer in instance.offers
+    ]
+    return " ".join([instance.task.family, instance.task.kind, instance.preference.name, *experts])
 
 
 class QuestionAnswering:

@@ -54,6 +54,9 @@ class TokenStream:
         self._policy_versions.extend([-1] * len(tokens))
 
     def append_sampled(self, completion: Completion) -> None:
+        """A turn as the engine returned it, and what the engine recorded with each token."""
+        lengths = tuple(len(field) for field in (completion.tokens, completion.logprobs, completion.policy_versions))
+        assert len(set(lengths)) == 1, f"tokens, log-probabilities and versions of a completion differ in length: {lengths}"
         self.tokens.extend(completion.tokens.tolist())
         self._loss_mask.extend([True] * len(completion.tokens))
         self._logprobs.extend(completion.logprobs.tolist())
@@ -125,10 +128,8 @@ async def _run_turn(
 ) -> EpisodeStatus | None:
     """One turn and its calls; the episode's status if it ends with this turn."""
     stop_ids = chat_format.stop_ids(chat, config.calls_per_turn)
-    room = min(config.max_turn_tokens, config.max_tokens - len(episode.stream.tokens))
-    if room <= 0:
-        return EpisodeStatus.TOKEN_LIMIT
     num_context = len(episode.stream.tokens)
+    room = min(config.max_turn_tokens, config.max_tokens - num_context)
     sampling = Sampling(config.temperature, room, stop_ids, seed)
     completion = await engine.generate(
         episode.stream.tokens, sampling, request_id=f"{session_id}@{num_context}", session_id=session_id
@@ -152,15 +153,24 @@ async def _run_turn(
     turn = chat_format.parse_turn(chat, completion.tokens)
     if not (turn.is_well_formed and turn.calls):
         return EpisodeStatus.MALFORMED
+    num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
+    calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
     context = ToolContext(instance, rollout_index, episode.evidence)
-    results = await asyncio.gather(*(environment.toolbox.call(call, context) for call in turn.calls))
-    return _record(episode, instance, environment, chat, turn.calls, results)
+    results = await asyncio.gather(*(environment.toolbox.call(call, context) for call in calls))
+    return _record(episode, instance, environment, chat, config, calls, results)
+
+
+def _one_too_many(call: ToolCall) -> ToolCall:
+    return dataclasses.replace(call, error="no more calls are allowed in this turn")
 
 
 def _record(
-    episode: Episode, instance, environment, chat, calls: Sequence[ToolCall], results: Sequence[ToolResult]
+    episode: Episode, instance, environment, chat, config, calls: Sequence[ToolCall], results: Sequence[ToolResult]
 ) -> EpisodeStatus | None:
-    """Books the results of one turn in the order of its calls, and appends what the policy is shown."""
+    """Books the results of one turn in the order of its calls, and appends what the policy is shown.
+
+    Where no token is left behind that, the episode ends and nothing is appended: a stream never exceeds max_tokens.
+    """
     for call, result in zip(calls, results, strict=True):
         episode.ledger.charge(result.receipt)
         episode.evidence = episode.evidence.joined(result.evidence)
@@ -174,8 +184,10 @@ def _record(
         return EpisodeStatus.ANSWERED
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
-    if episode.stream.tokens[-1] != chat.end_of_turn_id:
-        episode.stream.append_given([chat.end_of_turn_id])
+    forced = [] if episode.stream.tokens[-1] == chat.end_of_turn_id else [chat.end_of_turn_id]
     shown = [environment.observation(result.text, result.summary) for result in results]
-    episode.stream.append_given(chat_format.encode_observation(chat, shown))
+    given = forced + chat_format.encode_observation(chat, shown)
+    if len(episode.stream.tokens) + len(given) >= config.max_tokens:
+        return EpisodeStatus.TOKEN_LIMIT
+    episode.stream.append_given(given)
     return None

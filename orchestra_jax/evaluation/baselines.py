@@ -29,6 +29,7 @@ from orchestra_jax.experts.world import SkillTables
 
 def by_score(score_IA: np.ndarray) -> Policy:
     """Takes the legal action of the highest score, whatever happened before."""
+    score_IA = np.asfortranarray(score_IA)  # as the oracle lays out its arrays
 
     def policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:
         return optimal_policy(node, legal_IA, score_IA)
@@ -39,7 +40,7 @@ def by_score(score_IA: np.ndarray) -> Policy:
 def with_evidence_first(score_IE: np.ndarray, right_tool_I: np.ndarray) -> Policy:
     """Calls the tool that can bring the evidence once, then answers; at both by the expert of the highest score."""
     tool_A = np.repeat(np.arange(len(ROLES)), NUM_EXPERTS)
-    score_IA = np.tile(score_IE, len(ROLES))
+    score_IA = np.asfortranarray(np.tile(score_IE, len(ROLES)))
     gathering_IA = np.where(tool_A == right_tool_I[:, None], score_IA, -1e9)
     answering_IA = np.where(tool_A == ANSWER, score_IA, -1e9)
 

@@ -14,6 +14,7 @@ Shapes: I instances, S statistics (oracle.STATISTICS), R realised statistics (RE
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,7 @@ def realised_statistics(
 
 
 def mean_over_preferences(policy: Mapping[str, Mapping], name: str) -> float:
-    """The mean of one value ("score", "cost_usd", ...) of a policy of summary.json, each preference counting the same."""
+    """The mean of one value ("score", "cost_usd", ...) of a policy of summary.json, all preferences alike."""
     return float(np.mean([entry[name] for entry in policy.values()]))
 
 
@@ -154,7 +155,7 @@ def plot_cost_accuracy(summary: Mapping[str, object], path: str | os.PathLike) -
     policies = summary["policies"]
     preferences = list(next(iter(policies.values())))
     styles = {name: style for name, style in POLICY_STYLES.items() if name in policies}
-    for name, marker in zip(baseline_names(summary), BASELINE_MARKERS):
+    for name, marker in zip(baseline_names(summary), itertools.cycle(BASELINE_MARKERS)):
         styles[name] = {"marker": marker, "s": 40, "color": "0.45", "zorder": 1}
     num_columns = min(3, len(preferences) + 1)
     num_rows = -(-(len(preferences) + 1) // num_columns)
@@ -189,10 +190,7 @@ def plot_front(summaries: Mapping[str, Mapping], path: str | os.PathLike) -> Non
     figure = Figure(figsize=(7, 5), layout="constrained")
     panel = figure.subplots()
     points = {
-        name: [
-            (1000 * mean_over_preferences(policies[name], "cost_usd"), mean_over_preferences(policies[name], "accuracy"))
-            for policies in (summary["policies"] for summary in summaries.values())
-        ]
+        name: [_cost_and_accuracy(summary["policies"][name]) for summary in summaries.values()]
         for name in ("trained", "optimal")
     }
     for name, pairs in points.items():
@@ -204,6 +202,7 @@ def plot_front(summaries: Mapping[str, Mapping], path: str | os.PathLike) -> Non
         panel.annotate(label, point, xytext=(9, 7 if index % 2 else -15), textcoords="offset points")
     panel.set(xlabel="expected cost, $ per 1000 tasks", ylabel="expected accuracy")
     panel.set_title("trained policies, labelled by their weights of outcome, cost and latency", fontsize="medium")
+    panel.margins(y=0.12)
     panel.set_xlim(0, 1.25 * max(cost for pairs in points.values() for cost, _ in pairs))  # room for the last label
     panel.grid(alpha=0.3)
     panel.legend(loc="lower right")
@@ -265,6 +264,11 @@ def _block(title, lines):
 
 def _named_numbers(values):
     return ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+
+
+def _cost_and_accuracy(policy):
+    """Dollars per 1000 tasks, and accuracy."""
+    return 1000 * mean_over_preferences(policy, "cost_usd"), mean_over_preferences(policy, "accuracy")
 
 
 def _shown(policy):

@@ -9,7 +9,8 @@ luck of *training*: that takes runs with several seeds.
     p-value = (1 + number of resamples at least as extreme) / (1 + number of resamples)
     (Davison & Hinkley, Bootstrap Methods and their Application, section 4.2: the 1 keeps it above zero)
 
-Shapes: I instances = P preferences x N draws, preference after preference; R resamples; S statistics (oracle.STATISTICS).
+Shapes: I instances = P preferences x N draws, preference after preference; R resamples; S statistics
+(oracle.STATISTICS).
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def paired_bootstrap(
     span_RP = counts_RN @ span_PN.T
     if not (span_RP > 0).all():
         raise ValueError(
-            f"with {num_draws} draws the optimum does not beat the random policy in every resample: evaluate on more tasks"
+            f"with {num_draws} draws the optimum does not beat the random policy in every resample: "
+            "evaluate on more tasks"
         )
     difference_R = ((counts_RN @ gain_PN.T) / span_RP).mean(axis=1)
     difference, resampled_R = difference_R[0], difference_R[1:]

@@ -1,7 +1,7 @@
 """What a played trajectory was worth in expectation: the statistics of its calls under the world's known probabilities.
 
 The last draw, whether the answering expert is right, is replaced by its probability; which evidence came is taken as it
-was. So 300 instances say what realised accuracy needs thousands for. Turns are charged as the oracle charges them, which
+was, and calls of one turn run side by side: the slowest counts, and none sees what another one brought. So 300 instances say what realised accuracy needs thousands for. Turns are charged as the oracle charges them, which
 puts a policy and the optimum on one scale; the realised values, from the ledger, stand beside them.
 """
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from orchestra_jax.evaluation.oracle import ANSWER, STATISTICS, Charges
 from orchestra_jax.experts.catalog import EXPERTS, ROLES
-from orchestra_jax.types import CallStatus, EpisodeStatus, Trajectory
+from orchestra_jax.tools.ledger import split_turns
+from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Trajectory
 
 _COLUMN = {expert.alias: index for index, expert in enumerate(EXPERTS)}
 
@@ -24,26 +25,34 @@ def expected_statistics(charges: Charges, trajectories: Sequence[Trajectory]) ->
 
 
 def _expected_row(charges: Charges, i: int, trajectory: Trajectory) -> np.ndarray:
-    cost_usd, latency_s, accuracy, is_disallowed, has_evidence = 0.0, 0.0, 0.0, False, False
+    cost_usd, latency_s, accuracy, is_disallowed, has_evidence, is_answered = 0.0, 0.0, 0.0, False, False, False
     calls = dict.fromkeys(STATISTICS[4:], 0.0)
-    for record in trajectory.calls:
+    for records in _turns(trajectory):
+        service_s = [0.0]
+        for record in records:
+            if record.status != CallStatus.OK:
+                continue
+            tool, alias = record.call.name, str(record.call.arguments["model"])
+            role, e = ROLES.index(tool), _COLUMN[alias]
+            role += int(role == ANSWER and has_evidence)
+            cost_usd += charges.cost_usd_RIE[role, i, e]
+            service_s.append(charges.latency_s_RIE[role, i, e])
+            is_disallowed |= bool(charges.is_disallowed_IE[i, e])
+            calls[f"calls/{tool}"] += 1
+            calls[f"calls/{alias}"] += 1
+            if tool == "answer" and not is_answered and trajectory.status == EpisodeStatus.ANSWERED:
+                accuracy, is_answered = charges.success_RIE[role, i, e], True
         cost_usd += charges.turn_cost_usd
-        latency_s += charges.turn_latency_s
-        if record.status != CallStatus.OK:
-            continue
-        tool, alias = record.call.name, str(record.call.arguments["model"])
-        role, e = ROLES.index(tool), _COLUMN[alias]
-        role += int(role == ANSWER and has_evidence)
-        cost_usd += charges.cost_usd_RIE[role, i, e]
-        latency_s += charges.latency_s_RIE[role, i, e]
-        is_disallowed |= bool(charges.is_disallowed_IE[i, e])
-        calls[f"calls/{tool}"] += 1
-        calls[f"calls/{alias}"] += 1
-        if tool == "answer" and trajectory.status == EpisodeStatus.ANSWERED:
-            accuracy = charges.success_RIE[role, i, e]
-        has_evidence = record.is_evidence_present
+        latency_s += charges.turn_latency_s + max(service_s)
+        has_evidence = records[-1].is_evidence_present if records else has_evidence
     w_o, w_c, w_l, w_x = charges.weights_IM[i]
     cheapness = 1 - min(cost_usd / charges.reference_cost_usd, 1)
     speed = 1 - min(latency_s / charges.reference_latency_s, 1)
     utility = accuracy * (w_o + w_c * cheapness + w_l * speed) - w_x * is_disallowed
     return np.array([utility, accuracy, cost_usd, latency_s, *calls.values()])
+
+
+def _turns(trajectory: Trajectory) -> list[list[CallRecord]]:
+    """The calls of each turn; none for a turn that came to no call. Receipts and records stand in one order."""
+    records = iter(trajectory.calls)
+    return [[next(records) for _ in receipts[1:]] for receipts in split_turns(trajectory.receipts)]

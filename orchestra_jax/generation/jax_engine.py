@@ -34,7 +34,7 @@ class JaxEngineConfig:
     max_tokens: int = 192
     max_turn_tokens: int = 40
     prompts_per_prefill: int = 32
-    prefill_buckets: tuple[int, ...] = (128, 192)
+    prefill_buckets: tuple[int, ...] = (88, 192)
     turn_buckets: tuple[int, ...] = (1, 32)
 
 

@@ -47,8 +47,11 @@ class Toolbox:
         if reason:
             return _without_effect(call.name, reason, CallStatus.REFUSED, 0.0)
         try:
-            return await asyncio.wait_for(self._tools[call.name].run(call.arguments, context), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s) as limit:
+                return await self._tools[call.name].run(call.arguments, context)
         except TimeoutError:
+            if not limit.expired():  # the tool's own, which it should have turned into a status: a bug
+                raise
             reason = f"{call.name} gave no result within {self._timeout_s:g} s"
             return _without_effect(call.name, reason, CallStatus.TIMEOUT, self._timeout_s)
 

@@ -1,0 +1,235 @@
+"""EndpointExpert against a real HTTP server on the loopback interface that speaks /v1/chat/completions."""
+
+import asyncio
+import http.server
+import json
+import threading
+
+import openai
+import pytest
+
+from orchestra_jax.data.records import Instance, Offer, Preference, Task
+from orchestra_jax.experts.delegation import Answer
+from orchestra_jax.experts.endpoint import EndpointExpert, extract
+from orchestra_jax.experts.expert import ExpertRequest
+from orchestra_jax.tools.tool import Evidence, ToolContext
+from orchestra_jax.types import CallStatus
+
+OFFER = Offer("expert-1", "gpt-5", False, 2.0, 8.0, 1.0)
+TASK = Task("t/0", "geography", "one_hop", "What is the capital of France?", "Paris", "search", ("a",))
+INSTANCE = Instance("t/0", TASK, Preference("any", "Any.", {"outcome": 1.0}), (OFFER,), seed=0)
+
+
+class Endpoint(http.server.ThreadingHTTPServer):
+    """Answers every request as `respond(body)` says: (status, content type, body)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.respond = None
+        self.requests = []
+        self.release = threading.Event()  # ends every hang
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append((self.path, headers, body))
+        status, content_type, text = self.server.respond(body)
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+        except ConnectionError:  # the client has hung up
+            self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+def completion(content, usage=None):
+    usage = {"prompt_tokens": 70, "completion_tokens": 11, "total_tokens": 81} if usage is None else usage
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return 200, "application/json", json.dumps(body).encode()
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.lower(), raising=False)
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def request(role, evidence=""):
+    return ExpertRequest(role, INSTANCE, OFFER, Evidence(text=evidence), bool(evidence), 0)
+
+
+def ask(expert, *requests):
+    async def go():
+        replies = [await expert.reply(one) for one in requests]
+        await expert.close()
+        return replies
+
+    return asyncio.run(go())
+
+
+REPLIES_BY_ROLE = {
+    "search": ('"capital France"\n', "capital France"),
+    "enhance_reasoning": ("Sure:\n```python\nx = 6\nprint(x * 7)\n```\nDone.", "x = 6\nprint(x * 7)"),
+    "answer": ("It is known.\n<answer> Paris </answer>", "Paris"),
+}
+
+
+@pytest.mark.parametrize("role", REPLIES_BY_ROLE)
+def test_each_role_is_asked_and_read(endpoint, role, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret")
+    content, expected = REPLIES_BY_ROLE[role]
+    endpoint.respond = lambda body: completion(content)
+    expert = EndpointExpert(endpoint.url, "some-model", "SOME_KEY", timeout_s=20, max_output_tokens=99)
+    (reply,) = ask(expert, request(role, "Paris is a city."))
+    assert (reply.text, reply.status, reply.input_tokens, reply.output_tokens) == (expected, CallStatus.OK, 70, 11)
+    assert 0 < reply.latency_s < 20
+    ((path, headers, body),) = endpoint.requests
+    assert path == "/v1/chat/completions" and headers["authorization"] == "Bearer secret"
+    assert (body["model"], body["max_completion_tokens"]) == ("some-model", 99)
+    system, user = (message["content"] for message in body["messages"])
+    assert TASK.question in user and "Paris is a city." in user
+    assert {"search": "query", "enhance_reasoning": "program", "answer": "<answer>"}[role] in system
+    assert TASK.answer not in system
+
+
+def test_without_evidence_none_is_mentioned(endpoint):
+    endpoint.respond = lambda body: completion("<answer>Paris</answer>")
+    ask(EndpointExpert(endpoint.url, "m"), request("answer"))
+    assert endpoint.requests[0][2]["messages"][1]["content"] == f"Question: {TASK.question}"
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "expected"),
+    [
+        ("answer", "<answer>Lyon</answer> no, <answer>Paris</answer>", "Paris"),
+        ("answer", "I think\nParis\n\n", "Paris"),
+        ("answer", "<think>is it <answer>Lyon</answer>?</think>Paris", "Paris"),
+        ("answer", "<answer>\n</answer>", ""),
+        ("answer", "  \n", ""),
+        ("enhance_reasoning", "print(1)", "print(1)"),
+        ("enhance_reasoning", "```\nprint(1)\n```", "print(1)"),
+        ("enhance_reasoning", "```text\n1\n```\n```Python\nif 1:\n    print(1)\n```", "if 1:\n    print(1)"),
+        ("search", "\n`a b`\nbecause", "a b"),
+        ("search", "", ""),
+    ],
+)
+def test_reading_of_unusual_replies(role, content, expected):
+    assert extract(role, content) == expected
+
+
+def test_errors_of_the_server_are_retried_then_failed(endpoint):
+    endpoint.respond = lambda body: (500, "application/json", b'{"error": {"message": "broken"}}')
+    (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=20, max_retries=1), request("answer"))
+    assert (reply.status, reply.text, reply.input_tokens, reply.output_tokens) == (CallStatus.FAILED, "", 0, 0)
+    assert len(endpoint.requests) == 2 and reply.latency_s > 0
+
+
+def test_a_retry_can_succeed(endpoint):
+    answers = iter([(503, "text/plain", b"busy"), completion("<answer>Paris</answer>")])
+    endpoint.respond = lambda body: next(answers)
+    (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=20, max_retries=1), request("answer"))
+    assert (reply.status, reply.text, len(endpoint.requests)) == (CallStatus.OK, "Paris", 2)
+
+
+def test_a_refused_request_is_not_retried(endpoint):
+    endpoint.respond = lambda body: (401, "application/json", b'{"error": {"message": "who are you"}}')
+    (reply,) = ask(EndpointExpert(endpoint.url, "m", max_retries=5), request("answer"))
+    assert (reply.status, len(endpoint.requests)) == (CallStatus.FAILED, 1)
+
+
+def test_a_hang_ends_in_a_timeout_retries_included(endpoint):
+    def hang(body):
+        endpoint.release.wait(20)
+        return completion("too late")
+
+    endpoint.respond = hang
+    (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=0.3, max_retries=5), request("answer"))
+    assert (reply.status, reply.text) == (CallStatus.TIMEOUT, "")
+    assert 0.25 <= reply.latency_s < 5
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        (200, "application/json", b"not json"),
+        (200, "application/json", b"\xff\xfe{"),
+        (200, "application/json", b""),
+        (200, "text/html", b"<html>login</html>"),
+        (200, "application/json", b"[]"),
+        (200, "application/json", b'{"choices": []}'),
+        (200, "application/json", b'{"choices": [7], "usage": 3}'),
+        (200, "application/json", b'{"choices": [{"message": null}]}'),
+    ],
+)
+def test_garbage_is_a_failed_reply(endpoint, garbage):
+    endpoint.respond = lambda body: garbage
+    (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=20, max_retries=0), request("answer"))
+    assert (reply.status, reply.text, reply.input_tokens) == (CallStatus.FAILED, "", 0)
+
+
+def test_an_empty_reply_is_failed_and_charged(endpoint):
+    endpoint.respond = lambda body: completion(None)
+    expert = EndpointExpert(endpoint.url, "m")
+    result = asyncio.run(
+        Answer(lambda model: expert).run({"model": "expert-1"}, ToolContext(INSTANCE, 0, Evidence()))
+    )
+    assert (result.status, result.answer) == (CallStatus.FAILED, None)
+    assert result.receipt.cost_usd == pytest.approx((70 * 2.0 + 11 * 8.0) / 1e6)
+
+
+def test_no_server_at_all_is_a_failed_reply(endpoint):
+    url = endpoint.url
+    endpoint.shutdown()
+    endpoint.server_close()
+    (reply,) = ask(EndpointExpert(url, "m", timeout_s=20, max_retries=0), request("answer"))
+    assert reply.status == CallStatus.FAILED
+
+
+def test_counts_that_are_none_are_zero(endpoint):
+    endpoint.respond = lambda body: completion("Paris", usage={"prompt_tokens": "7", "completion_tokens": -2})
+    (reply,) = ask(EndpointExpert(endpoint.url, "m"), request("answer"))
+    assert (reply.text, reply.input_tokens, reply.output_tokens) == ("Paris", 0, 0)
+
+
+def test_one_expert_serves_one_event_loop_after_another(endpoint):
+    endpoint.respond = lambda body: completion("Paris")
+    expert = EndpointExpert(endpoint.url, "m", max_retries=0)
+    for _ in range(3):
+        assert asyncio.run(expert.reply(request("answer"))).status == CallStatus.OK
+
+
+def test_a_client_made_elsewhere_is_used(endpoint):
+    endpoint.respond = lambda body: completion("Paris")
+
+    async def go():
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="theirs") as client:
+            return await EndpointExpert(client, "m").reply(request("answer"))
+
+    assert asyncio.run(go()).text == "Paris"
+    assert endpoint.requests[0][1]["authorization"] == "Bearer theirs"
+
+
+def test_mistakes_are_named(monkeypatch):
+    monkeypatch.delenv("MISSING_KEY", raising=False)
+    with pytest.raises(ValueError, match="'MISSING_KEY' is not set"):
+        EndpointExpert("http://127.0.0.1:1/v1", "m", "MISSING_KEY")
+    with pytest.raises(ValueError, match="timeout_s 0"):
+        EndpointExpert("http://127.0.0.1:1/v1", "m", timeout_s=0)
