@@ -51,10 +51,11 @@ class GrpoConfig:
     num_steps: int = 150
     num_groups: int = 32  # instances a step
     group_size: int = 8  # rollouts of each
-    groups_per_micro_batch: int = 8
+    groups_per_update: int = 8  # an optimizer step for each so many kept groups of the step's rollouts
+    groups_per_micro_batch: int = 8  # gradients are summed over micro-batches of this size
     max_prompt_tokens: int = 88
     completion_buckets: tuple[int, ...] = (48, 80, 112)
-    num_updates: int = 1  # optimizer steps on each batch
+    num_updates: int = 1  # optimizer steps on the same groups
     range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
     divide_by_std: bool = True
     min_group_std: float = 0.1  # the homogeneity filter

@@ -1,7 +1,8 @@
-"""Demonstrations for the warm start: real episodes whose route is drawn without looking at question, price or preference.
+"""Demonstrations for the warm start: real episodes, their route drawn without a look at question, price or preference.
 
 At each turn a tool uniformly, then an expert on offer uniformly; the last call that is allowed is `answer`. This is the
-random policy of evaluation/oracle.py. The first turn opens with a thought that restates the prompt and recommends nothing.
+random policy of evaluation/oracle.py. The first turn opens with a thought that restates the prompt and recommends
+nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +32,19 @@ def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Ge
 
 
 def demonstrate(
-    instances: Sequence[Instance], group_size: int, environment: Environment, chat: Chat, config: RolloutConfig, seed: int
+    instances: Sequence[Instance],
+    group_size: int,
+    environment: Environment,
+    chat: Chat,
+    config: RolloutConfig,
+    seed: int,
 ) -> list[TrajectoryGroup]:
     """`group_size` demonstrations of each instance, played through the environment's tools."""
     by_session = {
-        f"{instance.instance_id}#{index}": (instance, np.random.default_rng(derive_seed(seed, instance.instance_id, index)))
+        f"{instance.instance_id}#{index}": (
+            instance,
+            np.random.default_rng(derive_seed(seed, instance.instance_id, index)),
+        )
         for instance in instances
         for index in range(group_size)
     }

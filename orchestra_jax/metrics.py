@@ -92,7 +92,7 @@ METRICS = {
     "speed/weight_update_s": "handing the new weights to the engine",
     "speed/checkpoint_s": "waiting for a checkpoint",
     "speed/evaluation_s": "held-out evaluation",
-    "speed/trained_tokens_per_s": "tokens in the loss mask per second of step time",
+    "speed/trained_tokens_per_s": "sampled tokens per second of step time",
     "speed/rollouts_per_s": "rollouts per second of step time",
     "memory/device_peak_gib": "highest device memory in use so far, GiB",
 }

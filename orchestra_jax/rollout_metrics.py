@@ -20,22 +20,31 @@ def rollout_metrics(
     groups: Sequence[TrajectoryGroup],
     scored: ScoredGroups,
     objectives: Sequence[Objective],
-    losses: Mapping[str, float],
+    losses: Sequence[Mapping[str, float]],
     seconds: Sequence[float],
 ) -> dict[str, float]:
-    """`seconds`: of the rollouts, of scoring and packing, of the update."""
+    """`losses`: of each optimizer step; `seconds`: of the rollouts, of scoring and packing, of the updates."""
     rollouts = [each for group in groups for each in group.trajectories]
-    values = {
+    return {
         **_scores(instances, groups, scored, objectives),
         **_calls(instances, groups),
         **_episodes(rollouts),
         **_filters(scored, rollouts),
-        **{f"loss/{name}": value for name, value in losses.items() if name not in ("loss", "gradient_norm")},
-        **_speed(rollouts, losses, seconds),
+        **_losses(losses),
+        **_speed(rollouts, seconds),
     }
-    if losses:
-        values |= {"loss/total": losses["loss"], "optimizer/gradient_norm": losses["gradient_norm"]}
-    return values
+
+
+def _losses(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the optimizer steps of the training step; counts add up, the largest gap is the largest."""
+    if not losses:
+        return {}
+    combine = {"num_tokens": np.sum, "num_rollouts": np.sum, "sampler_gap_max": np.max}
+    names = {"loss": "loss/total", "gradient_norm": "optimizer/gradient_norm"}
+    return {
+        names.get(name, f"loss/{name}"): float(combine.get(name, np.mean)([some[name] for some in losses]))
+        for name in losses[0]
+    }
 
 
 def _scores(instances, groups, scored: ScoredGroups, objectives) -> dict[str, float]:
@@ -105,7 +114,7 @@ def _filters(scored: ScoredGroups, rollouts) -> dict[str, float]:
     return values
 
 
-def _speed(rollouts, losses, seconds) -> dict[str, float]:
+def _speed(rollouts, seconds) -> dict[str, float]:
     rollout_s, batch_s, train_s = (float(each) for each in seconds)
     step_s = rollout_s + batch_s + train_s
     num_sampled = sum(int(each.loss_mask.sum()) for each in rollouts)
@@ -115,6 +124,6 @@ def _speed(rollouts, losses, seconds) -> dict[str, float]:
         "speed/train_s": train_s,
         "speed/step_s": step_s,
         "speed/rollouts_per_s": len(rollouts) / step_s,
-        "speed/trained_tokens_per_s": losses.get("num_tokens", 0.0) / step_s,
+        "speed/trained_tokens_per_s": num_sampled / step_s,
         "sampler/tokens_per_s": num_sampled / rollout_s,
     }

@@ -25,8 +25,8 @@ from orchestra_jax.data.pipeline import make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
-from orchestra_jax.grpo.batching import BatchShape, make_micro_batches
-from orchestra_jax.grpo.scoring import score_groups
+from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
+from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
 from orchestra_jax.grpo.train_step import LossSettings, TrainState, init_state, make_optimizer, train_step
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.models.transformer import init_params
@@ -34,6 +34,7 @@ from orchestra_jax.rollout_metrics import rollout_metrics
 from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.supervised import supervised_step
+from orchestra_jax.types import TrajectoryGroup
 
 
 @dataclasses.dataclass
@@ -121,18 +122,16 @@ def improve(
                 groups, parts.objectives, range_rule=settings.range_rule, divide_by_std=settings.divide_by_std,
                 min_group_std=settings.min_group_std, advantage_clip=settings.advantage_clip,
             )  # fmt: skip
-            kept = list(scored.kept)
-            micro_batches = make_micro_batches(
-                [groups[number] for number in kept], scored.advantages_KG, scored.valid_PG[kept], batch_shape(settings)
-            )
+            updates = split_into_updates(groups, scored, settings, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
-            losses = {}
-            if micro_batches:
-                progress.state, losses = train_step(
+            losses = []
+            for micro_batches in updates:
+                progress.state, some = train_step(
                     progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
                     kl_coefficient(settings, step), config=parts.model_config, settings=loss_settings(settings),
                     optimizer=optimizer, num_updates=settings.num_updates,
                 )  # fmt: skip
+                losses.append(some)
             asyncio.run(engine.update_weights(progress.state.params, step + 1))
             progress.step = step + 1
             clock.append(time.monotonic())
@@ -148,8 +147,34 @@ def improve(
     return progress
 
 
+def split_into_updates(
+    groups: list[TrajectoryGroup], scored: ScoredGroups, settings: GrpoConfig, seed: int
+) -> list[list[MicroBatch]]:
+    """Deals the kept groups out at random to equally large updates, each a list of micro-batches.
+
+    Later updates of a step are slightly off-policy; the truncated importance correction (current over sampler) is what
+    accounts for it. More, smaller optimizer steps on the same rollouts learn much faster here (docs/log.md).
+    """
+    num_kept = len(scored.kept)
+    if not num_kept:
+        return []
+    parts = np.array_split(np.random.default_rng(seed).permutation(num_kept), -(-num_kept // settings.groups_per_update))
+    kept = np.array(scored.kept)
+    return [
+        make_micro_batches(
+            [groups[number] for number in kept[part]],
+            scored.advantages_KG[part],
+            scored.valid_PG[kept[part]],
+            batch_shape(settings),
+        )
+        for part in parts
+    ]
+
+
 def grpo_optimizer(settings: GrpoConfig):
-    return make_optimizer(settings.optimizer, settings.num_steps * settings.num_updates)
+    """Its rate decays over the optimizer steps of a run whose filter keeps every group."""
+    updates_per_step = -(-settings.num_groups // settings.groups_per_update) * settings.num_updates
+    return make_optimizer(settings.optimizer, settings.num_steps * updates_per_step)
 
 
 def batch_shape(settings: GrpoConfig) -> BatchShape:

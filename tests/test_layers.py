@@ -18,7 +18,7 @@ PACKAGE = "orchestra_jax"
 
 # Low to high. A module may import from its own row and the rows above it in this list.
 ROWS = (
-    ("types",),
+    ("types", "seeds"),
     (
         "sharding",
         "chat",
@@ -35,8 +35,9 @@ ROWS = (
         "data.preferences",
     ),
     ("experts", "models", "data.instances"),
-    ("generation", "grpo.batching", "grpo.train_step", "supervised", "data.pipeline", "checkpoints"),
+    ("generation", "grpo.batching", "grpo.scoring", "grpo.train_step", "supervised", "data.pipeline", "checkpoints"),
     ("environments",),
+    ("demonstrations", "config", "components", "rollout_metrics"),
     ("data.synthesis", "evaluation"),
     ("training",),
 )

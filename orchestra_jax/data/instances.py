@@ -31,8 +31,10 @@ def draw_offers(config: WorldConfig, seed: int) -> tuple[Offer, ...]:
 
 
 def make_instance(task: Task, preference: Preference, config: WorldConfig, seed: int) -> Instance:
-    """The instance of `task` under `preference` for a draw `seed`. The offers depend on the seed and task alone, so that
-    the same draw under another preference differs in nothing else."""
+    """The instance of `task` under `preference` for a draw `seed`.
+
+    The offers depend on the seed and the task alone: the same draw under another preference differs in nothing else.
+    """
     draw = derive_seed(seed, task.task_id)
     return Instance(
         instance_id=f"{task.task_id}/{preference.name}/{seed}",

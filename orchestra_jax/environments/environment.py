@@ -10,8 +10,8 @@ from typing import Protocol
 
 from orchestra_jax.data.records import Instance
 from orchestra_jax.tools.ledger import Totals
-from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.tools.tool import Evidence
+from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallRecord, Message
 
 

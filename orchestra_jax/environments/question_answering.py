@@ -7,7 +7,7 @@ table of experts in the argument's description, as in the ToolOrchestra release,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
@@ -64,14 +64,22 @@ def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
 
 
 def restate(instance: Instance) -> str:
-    """The thinking of a demonstration: what the prompt says (family, kind, preference, experts), never what to choose.
+    """The thinking of a demonstration: what the prompt says and never what to choose.
 
-    Price and latency stand before the alias, so that a causal model knows all three where it reads the alias.
+    Family, kind, preference, and the experts on offer twice: by price, then by time. Whoever writes this has learned to
+    find an expert by its price and by its latency, which routing needs, and nothing of which expert is good at what.
     """
-    experts = [
-        f"${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}" for offer in instance.offers
-    ]
-    return " ".join([instance.task.family, instance.task.kind, instance.preference.name, *experts])
+    by_price = _by_level(instance.offers, lambda offer: offer.output_usd_per_million_tokens, "${:g}")
+    by_latency = _by_level(instance.offers, lambda offer: offer.latency_s, "{:g}s")
+    return " ".join([instance.task.family, instance.task.kind, instance.preference.name, *by_price, *by_latency])
+
+
+def _by_level(offers: Sequence[Offer], level: Callable[[Offer], float], text: str) -> list[str]:
+    """Each level that occurs, rising, followed by its experts."""
+    words = []
+    for value in sorted({level(offer) for offer in offers}):
+        words += [text.format(value), *(offer.alias for offer in offers if level(offer) == value)]
+    return words
 
 
 class QuestionAnswering:

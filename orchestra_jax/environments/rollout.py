@@ -56,7 +56,9 @@ class TokenStream:
     def append_sampled(self, completion: Completion) -> None:
         """A turn as the engine returned it, and what the engine recorded with each token."""
         lengths = tuple(len(field) for field in (completion.tokens, completion.logprobs, completion.policy_versions))
-        assert len(set(lengths)) == 1, f"tokens, log-probabilities and versions of a completion differ in length: {lengths}"
+        assert len(set(lengths)) == 1, (
+            f"tokens, log-probabilities and versions of a completion differ in length: {lengths}"
+        )
         self.tokens.extend(completion.tokens.tolist())
         self._loss_mask.extend([True] * len(completion.tokens))
         self._logprobs.extend(completion.logprobs.tolist())

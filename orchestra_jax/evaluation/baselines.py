@@ -1,7 +1,8 @@
-"""Policies to beat: the static ones a sensible person would write, and the optimum with one piece of information withheld.
+"""Policies to beat: the static ones that a sensible person would write, and the optimum with one piece of information
+withheld.
 
-Each is a `Policy` of the oracle's recursion, so its value is exact. "Best" ones are best in hindsight: they choose by the
-true mean value, over the very instances they are judged on, of every action under what they are allowed to know.
+Each is a `Policy` of the oracle's recursion, so its value is exact. "Best" ones are best in hindsight: they choose by
+the true mean value, over the very instances they are judged on, of every action under what they are allowed to know.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def with_evidence_first(score_IE: np.ndarray, right_tool_I: np.ndarray) -> Polic
 def knowing_only(key_I: np.ndarray) -> Policy:
     """The best policy that sees its key, who is on offer and what came back, but nothing else of the instance.
 
-    An action's value is its mean over the instances of the same key for which it is legal, each with the chance of coming
-    to the node at all: whoever lacks one of the experts called so far says nothing about what to do next.
+    An action's value is its mean over the instances of the same key for which it is legal, each with the chance of
+    coming to the node at all: whoever lacks one of the experts called so far says nothing about what to do next.
     """
     row_of_key, group_I = np.unique(key_I, return_inverse=True)
     order_I = np.argsort(group_I, kind="stable")
@@ -99,5 +100,7 @@ def evaluate_baselines(instances: Sequence[Instance], charges: Charges, skills: 
 
 def scores(statistics_IS: np.ndarray, random_IS: np.ndarray, optimal_IS: np.ndarray, rows) -> float:
     """(U - U_random) / (U_optimum - U_random) over the instances in `rows`: 0 is random, 1 the optimum."""
-    policy, random, optimum = (array[rows, STATISTICS.index("utility")].mean() for array in (statistics_IS, random_IS, optimal_IS))
+    policy, random, optimum = (
+        array[rows, STATISTICS.index("utility")].mean() for array in (statistics_IS, random_IS, optimal_IS)
+    )
     return float((policy - random) / (optimum - random))

@@ -1,14 +1,14 @@
 """What is the best that can be done? Backward induction over the finite decision tree of the simulated world.
 
-At each node a policy chooses a tool and an expert. An evidence tool either brings the evidence or visibly fails; asking the
-same expert again in the same role gives the same result. `answer` ends the episode with utility
+At each node a policy chooses a tool and an expert. An evidence tool either brings the evidence or visibly fails; asking
+the same expert again in the same role gives the same result. `answer` ends the episode with utility
 
     U = y (w_o + w_c (1 - min(c / c_ref, 1)) + w_l (1 - min(l / l_ref, 1))) - w_x d        (rewards/preference.py)
 
-The optimum knows what the prompt reveals and the success probabilities, not the draws. The same recursion, with what the
-policy *believes* put in the place of what is, gives the exact value of every policy with less information (price-blind,
-preference-blind, one route per family), and with a mean in the place of the maximum that of the random policy. The
-clairvoyant bound sees the draws too.
+The optimum knows what the prompt reveals and the success probabilities, not the draws. The same recursion, with what
+the policy *believes* put in the place of what is, gives the exact value of every policy with less information
+(price-blind, preference-blind, one route per family), and with a mean in the place of the maximum that of the random
+policy. The clairvoyant bound sees the draws too.
 
 Shapes: I instances, A actions = tools x experts (experts in catalog order), E experts, S statistics (STATISTICS).
 Everything is vectorised over instances: a node of the tree stands for all of them at once.
@@ -60,8 +60,8 @@ class Node:
     reach_I: np.ndarray  # the chance of coming here for whoever makes these calls; 0 where one of them is not on offer
 
 
-# What a policy is: (node, legal_IA, believed_IA) -> probabilities_IA. `believed_IA` are the expected utilities of the actions
-# under the weights that the policy believes in, its own later choices included; 0 where not legal.
+# What a policy is: (node, legal_IA, believed_IA) -> probabilities_IA. `believed_IA` are the expected utilities of the
+# actions under the weights that the policy believes in, its own later choices included; 0 where not legal.
 Policy = Callable[[Node, np.ndarray, np.ndarray], np.ndarray]
 
 STATISTICS = (
@@ -89,7 +89,9 @@ def make_charges(instances: Sequence[Instance], config: WorldConfig) -> Charges:
             is_disallowed_IE[i, e] = not offer.is_local
             for r, (role, has_evidence) in enumerate((*((role, False) for role in ROLES), ("answer", True))):
                 num_input, num_output = call_tokens(config, role, has_evidence)
-                price = num_input * offer.input_usd_per_million_tokens + num_output * offer.output_usd_per_million_tokens
+                price = (
+                    num_input * offer.input_usd_per_million_tokens + num_output * offer.output_usd_per_million_tokens
+                )
                 cost_RIE[r, i, e] = price * 1e-6
                 latency_RIE[r, i, e] = call_latency_s(config, offer, role)
         right_tool = EVIDENCE_TOOLS.index(instance.task.evidence_tool)
@@ -148,7 +150,7 @@ def utility(charges: Charges, weights_IM, success_IE, cost_usd_IE, latency_s_IE,
 
 
 def answer(charges: Charges, node: Node) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What ending the episode with each of the experts comes to: success, cost_usd, latency_s, is_disallowed; [I, E]."""
+    """What ending the episode by each expert comes to: success, cost_usd, latency_s, is_disallowed; each [I, E]."""
     role = ANSWER + int(node.has_evidence)
     return (
         charges.success_RIE[role],
@@ -186,7 +188,9 @@ def evaluate(
     is_believed_true = believed_weights_IM is charges.weights_IM
     believed_IA[:, num_early:] = utility_IE if is_believed_true else utility(charges, believed_weights_IM, *answered)
 
-    legal_IA = np.concatenate([charges.is_offered_IE & (tool == ANSWER or not is_last_call) for tool in range(len(ROLES))], 1)
+    legal_IA = np.concatenate(
+        [charges.is_offered_IE & (tool == ANSWER or not is_last_call) for tool in range(len(ROLES))], 1
+    )
     chance_IA = policy(node, legal_IA, believed_IA)
     statistics_IS = _answer_statistics(node, chance_IA[:, num_early:], (utility_IE, *answered[:3]))
     for action, chance_I, further_IS in early:
@@ -214,7 +218,7 @@ def _answer_statistics(node: Node, chance_IE: np.ndarray, values_IE: Sequence[np
 
 
 def optimal_policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:
-    """Takes the action of the highest believed value; among equals the last one, so that it rather answers than calls on."""
+    """Takes the action of the highest believed value; among equals the last one: it rather answers than calls on."""
     value_IA = np.where(legal_IA, believed_IA, -np.inf)
     is_best_IA = value_IA == value_IA.max(axis=1, keepdims=True)
     num_best_from_here_IA = np.cumsum(is_best_IA[:, ::-1], axis=1)[:, ::-1]
@@ -227,7 +231,7 @@ def random_policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> 
 
 
 def clairvoyant_statistics(charges: Charges, seed: int, num_draws: int = 16) -> np.ndarray:
-    """[I, S]: the optimum of a policy that sees every draw beforehand, averaged over `num_draws` draws. A bound, no policy."""
+    """[I, S]: the optimum of one who sees every draw beforehand, a mean over `num_draws` draws. A bound, no policy."""
     rng = np.random.default_rng(seed)
     total = 0.0
     for _ in range(num_draws):

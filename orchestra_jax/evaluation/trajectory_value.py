@@ -1,8 +1,9 @@
 """What a played trajectory was worth in expectation: the statistics of its calls under the world's known probabilities.
 
 The last draw, whether the answering expert is right, is replaced by its probability; which evidence came is taken as it
-was, and calls of one turn run side by side: the slowest counts, and none sees what another one brought. So 300 instances say what realised accuracy needs thousands for. Turns are charged as the oracle charges them, which
-puts a policy and the optimum on one scale; the realised values, from the ledger, stand beside them.
+was, and calls of one turn run side by side: the slowest counts, and none sees what another one brought. So 300
+instances say what realised accuracy needs thousands for. Turns are charged as the oracle charges them, which puts a
+policy and the optimum on one scale; the realised values, from the ledger, stand beside them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     enhance_reasoning(model)  the expert writes a Python program; the sandbox runs it
     answer(model)             the expert answers; the episode ends
 
-Each has one short argument, the alias of the expert, so that a small policy has nothing to copy. The receipt charges the
-expert's tokens at the prices of the instance's offer.
+Each has one short argument, the alias of the expert, so that a small policy has nothing to copy. The receipt charges
+the expert's tokens at the prices of the instance's offer.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ class EnhanceReasoning(_Delegation):
         result = await asyncio.to_thread(self._sandbox.run, reply.text)
         if result.status != ProgramStatus.OK:
             return ToolResult(f"the program failed: {result.stderr_line}", "program failed", receipt)
-        evidence = Evidence(printed=(result.stdout.strip(),), text=result.stdout.strip())
+        printed = result.stdout.strip()
+        if not printed:
+            return ToolResult("the program printed nothing", "no output", receipt)
+        evidence = Evidence(printed=(printed,), text=printed)
         return ToolResult(result.stdout, "program printed", receipt, evidence=evidence)
 
 

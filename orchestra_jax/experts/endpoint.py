@@ -1,9 +1,9 @@
 """An expert behind any OpenAI-compatible endpoint: a vendor's API, or a server of one's own (SGLang, vLLM).
 
-One prompt per role, in words of our own; the query, the program or the answer is read out of what comes back. Tokens are
-those that the endpoint counts in `usage`, latency is the wall clock around the whole reply, retries included. What goes
-wrong outside (no connection, a status of 4xx or 5xx, a hang, an empty or unreadable reply) is a typed ExpertReply and
-never an exception. Prices are not known here: the instance's offer has them.
+One prompt per role, in words of our own; the query, the program or the answer is read out of what comes back. Tokens
+are those that the endpoint counts in `usage`, latency is the wall clock around the whole reply, retries included. What
+goes wrong outside (no connection, a status of 4xx or 5xx, a hang, an empty or unreadable reply) is a typed ExpertReply
+and never an exception. Prices are not known here: the instance's offer has them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 INSTRUCTIONS = {
     "search": (
-        "Write one query for a keyword search engine, such that the documents it finds let somebody answer the question. "
-        "Do not answer. Reply with the query alone, on one line."
+        "Write one query for a keyword search engine, such that the documents it finds let somebody answer the "
+        "question. Do not answer. Reply with the query alone, on one line."
     ),
     "enhance_reasoning": (
-        "Write one Python program, with the standard library alone, that computes what the question asks for and prints "
-        "the result and nothing else. Reply with the program in one ```python code block."
+        "Write one Python program, with the standard library alone, that computes what the question asks for and "
+        "prints the result and nothing else. Reply with the program in one ```python code block."
     ),
     "answer": (
-        "Answer the question. Use the evidence where there is any. Give the final answer alone, without a sentence around "
-        "it, between <answer> and </answer>."
+        "Answer the question. Use the evidence where there is any. Give the final answer alone, without a sentence "
+        "around it, between <answer> and </answer>."
     ),
 }
 
@@ -56,7 +56,8 @@ def extract(role: str, content: str) -> str:
     """The query, program or answer in an endpoint's reply; empty if there is none.
 
     Thinking up to a closing </think> is left out. A program stands in the first Python code block, else in the first
-    block, else it is the whole text; an answer stands in the last <answer>, else on the last line; a query on the first.
+    block, else it is the whole text; an answer stands in the last <answer>, else on the last line; a query on the
+    first.
     """
     text = content.rsplit("</think>", 1)[-1].strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -72,12 +73,17 @@ def extract(role: str, content: str) -> str:
 class EndpointExpert:
     """An `Expert` (expert.py).
 
-    endpoint: the base URL, such as "http://127.0.0.1:30000/v1", or an openai.AsyncOpenAI made elsewhere, which then brings
-      its own key and retries. model: the name that the endpoint knows. api_key_variable: the environment variable that
-      holds the key; "" for a server that wants none. timeout_s: of one reply, retries included. max_retries: how often
-      the client asks again after a connection error, a 429 or a 5xx.
+    Args:
+      endpoint: the base URL, such as "http://127.0.0.1:30000/v1", or an openai.AsyncOpenAI made elsewhere, which then
+        brings its own key and retries.
+      model: the name under which the endpoint knows the model.
+      api_key_variable: the environment variable that holds the key; "" for a server that wants none.
+      timeout_s: of one reply, retries included.
+      max_output_tokens: of one reply, thinking included.
+      max_retries: how often the client asks again after a connection error, a 429 or a 5xx.
 
-    Raises ValueError if the variable is not set, and for limits that are not positive.
+    Raises:
+      ValueError: the variable is not set, or a limit is not positive.
     """
 
     def __init__(
@@ -96,8 +102,8 @@ class EndpointExpert:
             )
         if api_key_variable and not os.environ.get(api_key_variable):
             raise ValueError(
-                f"the environment variable {api_key_variable!r} is not set: put the key of {endpoint!r} into it, or give "
-                'api_key_variable="" for a server that wants none'
+                f"the environment variable {api_key_variable!r} is not set: put the key of {endpoint!r} into it, or "
+                'give api_key_variable="" for a server that wants none'
             )
         self._endpoint, self._model = endpoint, model
         self._api_key = os.environ[api_key_variable] if api_key_variable else "none"
@@ -116,7 +122,11 @@ class EndpointExpert:
         except (TimeoutError, openai.APITimeoutError):
             _logger.warning("%s at %s gave no reply within %g s", self._model, self._endpoint, self._timeout_s)
             return ExpertReply("", 0, 0, time.monotonic() - start_s, CallStatus.TIMEOUT)
-        except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:  # the last two: no JSON, or no text
+        except (
+            openai.OpenAIError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+        ) as error:  # the last two: no JSON, or no text
             _logger.warning("%s at %s failed: %s", self._model, self._endpoint, error)
             return ExpertReply("", 0, 0, time.monotonic() - start_s, CallStatus.FAILED)
         latency_s = time.monotonic() - start_s
@@ -154,8 +164,10 @@ class EndpointExpert:
 
 
 def _read(completion: object) -> tuple[str, int, int]:
-    """Content, input tokens and output tokens. The client builds its object from whatever JSON came (a page of HTML even
-    stays a string), so that every field may be missing."""
+    """Content, input tokens and output tokens.
+
+    The client builds its object from whatever JSON came (a page of HTML even stays a string): any field may be missing.
+    """
     choices = getattr(completion, "choices", None)
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
     content = getattr(message, "content", None)

@@ -1,8 +1,8 @@
 """Experts whose success is drawn from the world's tables: free, instant, and the same on every machine.
 
-A draw is a function of (instance seed, expert, role, rollout index) alone. So asking the same expert again gives the same
-result, the evidence can only help (one draw against a higher probability), and the rollouts of a group are independent.
-What a failing writer writes, and what an expert answers that does not know, stands on the task.
+A draw is a function of (instance seed, expert, role, rollout index) alone. So asking the same expert again gives the
+same result, the evidence can only help (one draw against a higher probability), and the rollouts of a group are
+independent. What a failing writer writes, and what an expert answers that does not know, stands on the task.
 """
 
 from __future__ import annotations

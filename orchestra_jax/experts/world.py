@@ -1,7 +1,7 @@
 """The simulated world: who knows what, what a call consumes, and what money and time are worth.
 
-Not measured from real models. The tables are made so that routing matters: every (family, kind) cell has its own order of
-experts, the strongest one heads one kind of each family only, and evidence helps more where the question is harder.
+Not measured from real models. The tables are made so that routing matters: every (family, kind) cell has its own order
+of experts, the strongest one heads one kind of each family only, and evidence helps more where the question is harder.
 `skill_tables(seed)` permutes the committed tables over experts and families, so that nothing hangs on one assignment.
 """
 
@@ -61,7 +61,7 @@ class WorldConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SkillTables:
-    """Success probabilities. F families, K kinds, E experts (catalog order), last axis of `answer` without / with evidence."""
+    """Success probabilities: F families, K kinds, E experts (catalog order), V without and with the evidence."""
 
     answer_FKEV: np.ndarray  # [F, K, E, 2]
     writer_FE: np.ndarray  # [F, E]

@@ -1,10 +1,15 @@
-"""The compiled half of the embedded engine: prefill prompts into cache rows, and decode a batch of turns to their ends.
+"""The compiled half of the embedded engine: prefill prompts into cache rows, extend rows, decode rows to their ends.
 
-Both are pure functions of (params, cache, arrays) with a fixed number of rows, so the set of compiled shapes is known:
-one prefill per prompt bucket, one decode per bucket of new tokens.
+All three are pure functions of (params, cache, arrays). Prompts are prefilled once and copied to every row that
+continues them; the other two take their rows out of the cache, work on these alone and put them back, so a call costs
+what its own rows and lengths cost. The number of rows, slots and tokens of a call are static: the engine keeps the set
+of compiled shapes small. No scheduling, no requests.
 
-Legend: B cache rows, U different prompts, T tokens of a bucket, N new tokens of a turn at most, V vocab,
-L layers, K key-value heads, H head dim, D hidden.
+A cache row holds all tokens of its session but the last one, which enters with the next decode. Rows that pad a call
+out name a cache row that nobody owns.
+
+Legend: B cache rows, R rows of one call, U different prompts, T tokens of a bucket, N new tokens at most, E stop ids,
+V vocab, L layers, K key-value heads, H head dim, D hidden, S cache slots.
 """
 
 from __future__ import annotations
@@ -21,21 +26,21 @@ from orchestra_jax.models.transformer import Transformer, head_weights
 
 
 class Turns(NamedTuple):
-    """What each row is to generate; rows that take no part have max_new_B of 0."""
+    """What each row of a decode is to generate; padding has max_new_R of 0."""
 
-    new_tokens_BT: jax.Array  # int32: tokens not yet in the cache, left-aligned; at least one for a row that takes part
-    num_new_B: jax.Array  # int32
-    max_new_B: jax.Array  # int32: tokens to sample at most
-    temperature_B: jax.Array  # float32; 0 is greedy
-    key_data_B2: jax.Array  # uint32: one key per request; the position is folded in
-    is_stop_BV: jax.Array  # bool [1 or B, V]: ids that end a turn
+    rows_R: jax.Array  # int32: cache rows
+    last_tokens_R: jax.Array  # int32: the token that is not in the cache yet
+    max_new_R: jax.Array  # int32: tokens to sample at most
+    temperature_R: jax.Array  # float32; 0 is greedy
+    key_data_R2: jax.Array  # uint32: one key per session; the position is folded in
+    stop_ids_RE: jax.Array  # int32: ids that end a turn, padded with -1
 
 
 class Sampled(NamedTuple):
-    tokens_BN: jax.Array  # int32
-    logprobs_BN: jax.Array  # float32
-    num_tokens_B: jax.Array  # int32
-    is_stopped_B: jax.Array  # bool: ended by a stop id
+    tokens_RN: jax.Array  # int32; 0 behind the last
+    logprobs_RN: jax.Array  # float32, natural, of the temperature-scaled distribution (of the logits' own if greedy)
+    num_tokens_R: jax.Array  # int32
+    is_stopped_R: jax.Array  # bool: ended by a stop id
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -62,69 +67,110 @@ def prefill(params, cache: KVCache, tokens_UT, lengths_U, prompt_of_row_B, *, co
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"), donate_argnames="cache")
-def decode(params, cache: KVCache, turns: Turns, *, config: ModelConfig, max_new_tokens: int) -> tuple[KVCache, Sampled]:
-    """Feeds the new tokens of each row, then samples until every row has met a stop id or its own limit.
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"), donate_argnames="cache")
+def extend(params, cache: KVCache, rows_R, tokens_RT, num_tokens_R, *, config: ModelConfig, num_slots: int) -> KVCache:
+    """Feeds left-aligned tokens that were not sampled: what a session was given since its last turn."""
+    is_valid_RT = jnp.arange(tokens_RT.shape[1])[None, :] < num_tokens_R[:, None]
+    _, own = _forward(params, _take_rows(cache, rows_R, num_slots), tokens_RT, is_valid_RT, config)
+    return _put_rows(cache, rows_R, own)
 
-    The last sampled token of a row is not in the cache yet: it comes back among the new tokens of the next turn.
+
+@functools.partial(jax.jit, static_argnames=("config", "num_slots", "max_new_tokens"), donate_argnames="cache")
+def decode(
+    params, cache: KVCache, turns: Turns, num_left, *, config: ModelConfig, num_slots: int, max_new_tokens: int
+) -> tuple[KVCache, Sampled]:
+    """Samples until all rows but `num_left` have met a stop id or their own limit.
+
+    num_left: int32 scalar. The rows left over go on in a later call with fewer rows: a turn that rambles does not keep
+    a full batch busy. num_slots: at least the longest row with what it may sample.
     """
-    num_rows = len(turns.num_new_B)
-    keys_B = jax.random.wrap_key_data(turns.key_data_B2)
+    num_rows = len(turns.rows_R)
+    keys_R = jax.random.wrap_key_data(turns.key_data_R2, impl="threefry2x32")
     head_DV = head_weights(params, config)
 
-    def forward(cache, tokens_BT, is_valid_BT):
-        positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
-        hidden_BTD, new_keys_values = Transformer(config).apply(
-            {"params": params}, tokens_BT, positions_BT, is_valid_BT.astype(jnp.int32), cache
+    def is_running(sampled: Sampled):
+        return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.max_new_R)
+
+    def step(carry):
+        number, own, token_R, sampled = carry
+        is_running_R = is_running(sampled)
+        hidden_R1D, own = _forward(params, own, token_R[:, None], is_running_R[:, None], config)
+        logits_RV = jnp.matmul(hidden_R1D[:, 0], head_DV.astype(hidden_R1D.dtype), preferred_element_type=jnp.float32)
+        token_R, logprob_R = _sample(logits_RV, turns.temperature_R, keys_R, own.lengths_B)
+        is_stop_R = (token_R[:, None] == turns.stop_ids_RE).any(axis=1)
+        sampled = Sampled(
+            sampled.tokens_RN.at[:, number].set(jnp.where(is_running_R, token_R, 0)),
+            sampled.logprobs_RN.at[:, number].set(jnp.where(is_running_R, logprob_R, 0.0)),
+            sampled.num_tokens_R + is_running_R,
+            sampled.is_stopped_R | (is_running_R & is_stop_R),
         )
-        return hidden_BTD, write(cache, new_keys_values, cache.lengths_B, is_valid_BT)
+        return number + 1, own, token_R, sampled
 
-    def sample(hidden_BD, position_B):
-        """One token per row with its log-probability under the temperature-scaled distribution (1 for greedy)."""
-        logits_BV = jnp.matmul(hidden_BD, head_DV.astype(hidden_BD.dtype), preferred_element_type=jnp.float32)
-        is_greedy_B = turns.temperature_B == 0
-        scaled_BV = logits_BV / jnp.where(is_greedy_B, 1.0, turns.temperature_B)[:, None]
-        noise_BV = jax.vmap(lambda key, position: jax.random.gumbel(jax.random.fold_in(key, position), logits_BV.shape[1:]))(
-            keys_B, position_B
-        )
-        token_B = jnp.argmax(scaled_BV + jnp.where(is_greedy_B[:, None], 0.0, noise_BV), axis=-1).astype(jnp.int32)
-        chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
-        return token_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
-
-    def record(sampled: Sampled, step, token_B, logprob_B, is_running_B):
-        is_stop_B = jnp.take_along_axis(
-            jnp.broadcast_to(turns.is_stop_BV, (num_rows, turns.is_stop_BV.shape[1])), token_B[:, None], axis=1
-        )[:, 0]
-        return Sampled(
-            sampled.tokens_BN.at[:, step].set(jnp.where(is_running_B, token_B, 0)),
-            sampled.logprobs_BN.at[:, step].set(jnp.where(is_running_B, logprob_B, 0.0)),
-            sampled.num_tokens_B + is_running_B,
-            sampled.is_stopped_B | (is_running_B & is_stop_B),
-        )
-
-    def is_running(sampled):
-        return ~sampled.is_stopped_B & (sampled.num_tokens_B < turns.max_new_B)
-
-    is_valid_BT = jnp.arange(turns.new_tokens_BT.shape[1])[None, :] < turns.num_new_B[:, None]
-    hidden_BTD, cache = forward(cache, turns.new_tokens_BT, is_valid_BT)
-    last_B = jnp.maximum(turns.num_new_B - 1, 0)
-    hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     sampled = Sampled(
         jnp.zeros((num_rows, max_new_tokens), jnp.int32),
         jnp.zeros((num_rows, max_new_tokens), jnp.float32),
         jnp.zeros(num_rows, jnp.int32),
         jnp.zeros(num_rows, bool),
     )
-    token_B, logprob_B = sample(hidden_BD, cache.lengths_B)
-    sampled = record(sampled, 0, token_B, logprob_B, is_running(sampled))
+    carry = (jnp.int32(0), _take_rows(cache, turns.rows_R, num_slots), turns.last_tokens_R, sampled)
+    _, own, _, sampled = jax.lax.while_loop(lambda carry: is_running(carry[3]).sum() > num_left, step, carry)
+    return _put_rows(cache, turns.rows_R, own), sampled
 
-    def step(carry):
-        number, cache, token_B, sampled = carry
-        is_running_B = is_running(sampled)
-        hidden_B1D, cache = forward(cache, token_B[:, None], is_running_B[:, None])
-        token_B, logprob_B = sample(hidden_B1D[:, 0], cache.lengths_B)
-        return number + 1, cache, token_B, record(sampled, number, token_B, logprob_B, is_running_B)
 
-    carry = (jnp.int32(1), cache, token_B, sampled)
-    _, cache, _, sampled = jax.lax.while_loop(lambda carry: is_running(carry[3]).any(), step, carry)
-    return cache, sampled
+def _forward(params, own: KVCache, tokens_RT, is_valid_RT, config: ModelConfig):
+    positions_RT = own.lengths_B[:, None] + jnp.arange(tokens_RT.shape[1])[None, :]
+    hidden_RTD, new_keys_values = Transformer(config).apply(
+        {"params": params}, tokens_RT, positions_RT, is_valid_RT.astype(jnp.int32), own
+    )
+    return hidden_RTD, write(own, new_keys_values, own.lengths_B, is_valid_RT)
+
+
+def _sample(logits_RV, temperature_R, keys_R, position_R):
+    """One token per row, by the Gumbel maximum, with its log-probability."""
+    is_greedy_R = temperature_R == 0
+    scaled_RV = logits_RV / jnp.where(is_greedy_R, 1.0, temperature_R)[:, None]
+
+    def noise(key, position):
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits_RV.shape[1:])
+
+    noise_RV = jnp.where(is_greedy_R[:, None], 0.0, jax.vmap(noise)(keys_R, position_R))
+    token_R = jnp.argmax(scaled_RV + noise_RV, axis=-1).astype(jnp.int32)
+    chosen_R = jnp.take_along_axis(scaled_RV, token_R[:, None], axis=-1)[:, 0]
+    return token_R, chosen_R - jax.nn.logsumexp(scaled_RV, axis=-1)
+
+
+def _row_size(array_LBSKH, num_slots):
+    num_layers, _, _, num_kv_heads, head_dim = array_LBSKH.shape
+    return num_layers, 1, num_slots, num_kv_heads, head_dim
+
+
+def _take_rows(cache: KVCache, rows_R, num_slots: int) -> KVCache:
+    """A copy of the first slots of some rows. Row by row: a gather of whole rows takes XLA CPU several times longer."""
+
+    def take(array_LBSKH):
+        def copy_row(r, taken_LRSKH):
+            row = jax.lax.dynamic_slice(array_LBSKH, (0, rows_R[r], 0, 0, 0), _row_size(array_LBSKH, num_slots))
+            return jax.lax.dynamic_update_slice(taken_LRSKH, row, (0, r, 0, 0, 0))
+
+        num_layers, _, _, num_kv_heads, head_dim = array_LBSKH.shape
+        empty_LRSKH = jnp.zeros((num_layers, len(rows_R), num_slots, num_kv_heads, head_dim), array_LBSKH.dtype)
+        return jax.lax.fori_loop(0, len(rows_R), copy_row, empty_LRSKH)
+
+    return KVCache(take(cache.keys_LCSKH), take(cache.values_LCSKH), cache.lengths_B[rows_R])
+
+
+def _put_rows(cache: KVCache, rows_R, own: KVCache) -> KVCache:
+    """Writes rows of `_take_rows` back to where they came from."""
+
+    def put(array_LBSKH, own_LRSKH):
+        def copy_row(r, array_LBSKH):
+            row = jax.lax.dynamic_slice(own_LRSKH, (0, r, 0, 0, 0), _row_size(own_LRSKH, own_LRSKH.shape[2]))
+            return jax.lax.dynamic_update_slice(array_LBSKH, row, (0, rows_R[r], 0, 0, 0))
+
+        return jax.lax.fori_loop(0, len(rows_R), copy_row, array_LBSKH)
+
+    return KVCache(
+        put(cache.keys_LCSKH, own.keys_LCSKH),
+        put(cache.values_LCSKH, own.values_LCSKH),
+        cache.lengths_B.at[rows_R].set(own.lengths_B),
+    )

@@ -45,8 +45,10 @@ class Engine(Protocol):
         session_id: str,
         deadline_s: float | None = None,
     ) -> Completion:
-        """Samples behind `prompt_tokens`, the whole stream so far. Requests of one `session_id` extend each other, so an
-        engine may keep what it computed for the earlier ones. `deadline_s` counts from the call."""
+        """Samples behind `prompt_tokens`, the whole stream so far; `deadline_s` counts from the call.
+
+        Requests of one `session_id` extend each other, so an engine may keep what it computed for the earlier ones.
+        """
         ...
 
     async def abort(self, request_id: str) -> None:

@@ -1,4 +1,4 @@
-"""What a tool is: a name, a JSON schema, and one coroutine. What it returns: text for the policy, a receipt, a typed status.
+"""What a tool is: a name, a JSON schema, and one coroutine. It returns text for the policy, a receipt, a typed status.
 
 Source of the interface: ToolOrchestra section 3.1 (every tool, a larger model included, is one JSON object) and the
 OpenAI function format that the Qwen3 chat template renders.

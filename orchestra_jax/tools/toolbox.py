@@ -1,7 +1,7 @@
 """The tools of an environment behind one call: checks the name and the arguments, runs, limits the time.
 
-A call that cannot be run is *refused*, a tool that takes too long is a *timeout*: both are results that the policy sees,
-never exceptions. A bug inside a tool is an exception.
+A call that cannot be run is *refused*, a tool that takes too long is a *timeout*: both are results that the policy
+sees, never exceptions. A bug inside a tool is an exception.
 """
 
 from __future__ import annotations

@@ -21,7 +21,11 @@ from orchestra_jax.types import CallStatus
 OFFER = Offer("expert-2", "gpt-5-mini", False, 3.0, 12.0, 5.0)
 FACT = Task("t/0", "geography", "two_hop", "Which?", "x", "search", gold_document_ids=("a", "b"))
 SUM = Task("t/1", "arithmetic", "small", "3 + 4?", "7", "enhance_reasoning")
-DOCUMENTS = [Document(name, f"title {name}", f"text of {name} {word}") for name, word in zip("abcd", ("cat", "cat", "dog", "dog"))]
+NO_EVIDENCE = Evidence()
+DOCUMENTS = [
+    Document(name, f"title {name}", f"text of {name} {word}")
+    for name, word in zip("abcd", ("cat", "cat", "dog", "dog"))
+]
 
 
 class Parrot:
@@ -35,7 +39,7 @@ class Parrot:
         return ExpertReply(self.text, 1000, 500, 4.0, self.status)
 
 
-def context(task, evidence=Evidence()):
+def context(task, evidence=NO_EVIDENCE):
     instance = Instance("i", task, Preference("any", "Any.", {"outcome": 1.0}), (OFFER,), seed=0)
     return ToolContext(instance, 3, evidence)
 
@@ -102,6 +106,9 @@ def test_enhance_reasoning_runs_the_program(sandbox):
     failed = run(EnhanceReasoning(lambda model: Parrot("print(3 +"), sandbox), context(SUM))
     assert (failed.evidence, failed.summary, failed.status) == (Evidence(), "program failed", CallStatus.OK)
     assert "SyntaxError" in failed.text
+    for program in ("", "x = 3 + 4", "print()"):
+        silent = run(EnhanceReasoning(lambda model, program=program: Parrot(program), sandbox), context(SUM))
+        assert (silent.evidence, silent.summary, silent.status) == (Evidence(), "no output", CallStatus.OK)
 
 
 def test_only_answer_ends_the_episode(sandbox):

@@ -34,6 +34,8 @@ class Endpoint(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open, as those of real servers do
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -188,9 +190,7 @@ def test_garbage_is_a_failed_reply(endpoint, garbage):
 def test_an_empty_reply_is_failed_and_charged(endpoint):
     endpoint.respond = lambda body: completion(None)
     expert = EndpointExpert(endpoint.url, "m")
-    result = asyncio.run(
-        Answer(lambda model: expert).run({"model": "expert-1"}, ToolContext(INSTANCE, 0, Evidence()))
-    )
+    result = asyncio.run(Answer(lambda model: expert).run({"model": "expert-1"}, ToolContext(INSTANCE, 0, Evidence())))
     assert (result.status, result.answer) == (CallStatus.FAILED, None)
     assert result.receipt.cost_usd == pytest.approx((70 * 2.0 + 11 * 8.0) / 1e6)
 

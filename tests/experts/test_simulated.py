@@ -59,7 +59,9 @@ def test_price_latency_and_preference_do_not_enter_the_draw():
         assert texts([plain]) == texts([dataclasses.replace(plain, offer=dear, instance=instance)])
 
 
-@pytest.mark.parametrize(("role", "good", "is_evidence"), [("search", "good query", 0), ("answer", "right", 0), ("answer", "right", 1)])
+@pytest.mark.parametrize(
+    ("role", "good", "is_evidence"), [("search", "good query", 0), ("answer", "right", 0), ("answer", "right", 1)]
+)
 def test_frequencies_are_the_probabilities_of_the_tables(role, good, is_evidence):
     skills, num_draws = skill_tables(CONFIG), 1500
     for expert in (0, 3):
