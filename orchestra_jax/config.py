@@ -54,7 +54,7 @@ class GrpoConfig:
     groups_per_update: int = 8  # an optimizer step for each so many kept groups of the step's rollouts
     groups_per_micro_batch: int = 8  # gradients are summed over micro-batches of this size
     max_prompt_tokens: int = 88
-    completion_buckets: tuple[int, ...] = (48, 80, 112)
+    completion_buckets: tuple[int, ...] = (48, 80)  # padded lengths; one for episode.max_tokens is added
     num_updates: int = 1  # optimizer steps on the same groups
     range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
     divide_by_std: bool = True

@@ -7,7 +7,6 @@ nothing.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,12 +15,13 @@ from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import Chat
 from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.environment import Environment
+from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.environments.question_answering import restate
-from orchestra_jax.environments.rollout import RolloutConfig, run_episode
+from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.catalog import ROLES
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
 from orchestra_jax.seeds import derive_seed
-from orchestra_jax.types import ToolCall, Trajectory, TrajectoryGroup
+from orchestra_jax.types import ToolCall, TrajectoryGroup
 
 
 def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Generator) -> ToolCall:
@@ -54,28 +54,4 @@ def demonstrate(
         call = random_turn(instance, turn, environment.max_calls, rng)
         return chat_format.encode_turn(chat, restate(instance) if turn == 0 else "", [call])
 
-    engine = ScriptedEngine(script)
-
-    trajectories: list[Trajectory] = []
-
-    async def play() -> None:
-        # Not returned: asyncio.run spells out the result of its coroutine when it puts the signal handler back.
-        trajectories.extend(
-            await asyncio.gather(
-                *(
-                    run_episode(instance, index, environment, engine, chat, config, seed)
-                    for instance in instances
-                    for index in range(group_size)
-                )
-            )
-        )
-
-    asyncio.run(play())
-    return [
-        TrajectoryGroup(
-            instance.instance_id,
-            instance.preference.weights,
-            tuple(trajectories[number * group_size : (number + 1) * group_size]),
-        )
-        for number, instance in enumerate(instances)
-    ]
+    return run_groups(instances, group_size, environment, ScriptedEngine(script), chat, config, seed)

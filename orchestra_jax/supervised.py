@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.train_step import TrainState, completion_hidden
@@ -22,7 +23,10 @@ from orchestra_jax.models.transformer import head_weights, token_logprobs
 
 @functools.partial(jax.jit, static_argnames=("config", "optimizer", "chunk"), donate_argnames="state")
 def supervised_step(state: TrainState, batch: MicroBatch, *, config: ModelConfig, optimizer, chunk: int):
-    """One step on the mean cross-entropy over the masked-in tokens; returns the state and the loss in nats per token."""
+    """One step on the mean cross-entropy over the masked-in tokens, at temperature 1.
+
+    Returns the state, whose old buffers are donated, and the loss before the step in nats per token.
+    """
 
     def loss_function(params):
         hidden_BCD = completion_hidden(params, batch, config)
@@ -32,5 +36,5 @@ def supervised_step(state: TrainState, batch: MicroBatch, *, config: ModelConfig
 
     loss, gradients = jax.value_and_grad(loss_function)(state.params)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-    params = jax.tree.map(jnp.add, state.params, updates)
+    params = optax.apply_updates(state.params, updates)
     return TrainState(params, optimizer_state, state.step + 1), loss

@@ -84,8 +84,9 @@ def warm_start(config: RunConfig, parts: Components) -> Progress:
     batches = make_training_iterator(
         parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
     )
-    longest = max(config.grpo.completion_buckets)
-    shape = BatchShape(settings.num_groups, settings.group_size, config.grpo.max_prompt_tokens, (longest,))
+    shape = BatchShape(
+        settings.num_groups, settings.group_size, config.grpo.max_prompt_tokens, completion_buckets(config)
+    )
     ones_PG = np.ones((settings.num_groups, settings.group_size))
     bar = tqdm(range(settings.num_steps), desc="warm start")
     for step in bar:
@@ -107,6 +108,9 @@ def improve(
 ) -> Progress:
     """GRPO from `progress.step` on."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
+    shape = BatchShape(
+        settings.groups_per_micro_batch, settings.group_size, settings.max_prompt_tokens, completion_buckets(config)
+    )
     engine = build_engine(config, parts, progress.state.params, version=progress.step)
     bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)
     with interrupt_flag() as interrupt:
@@ -122,7 +126,7 @@ def improve(
                 groups, parts.objectives, range_rule=settings.range_rule, divide_by_std=settings.divide_by_std,
                 min_group_std=settings.min_group_std, advantage_clip=settings.advantage_clip,
             )  # fmt: skip
-            updates = split_into_updates(groups, scored, settings, derive_seed(config.seed, "split", step))
+            updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
             losses = []
             for micro_batches in updates:
@@ -148,7 +152,7 @@ def improve(
 
 
 def split_into_updates(
-    groups: list[TrajectoryGroup], scored: ScoredGroups, settings: GrpoConfig, seed: int
+    groups: list[TrajectoryGroup], scored: ScoredGroups, settings: GrpoConfig, shape: BatchShape, seed: int
 ) -> list[list[MicroBatch]]:
     """Deals the kept groups out at random to equally large updates, each a list of micro-batches.
 
@@ -165,7 +169,7 @@ def split_into_updates(
             [groups[number] for number in kept[part]],
             scored.advantages_KG[part],
             scored.valid_PG[kept[part]],
-            batch_shape(settings),
+            shape,
         )
         for part in parts
     ]
@@ -177,10 +181,9 @@ def grpo_optimizer(settings: GrpoConfig):
     return make_optimizer(settings.optimizer, settings.num_steps * updates_per_step)
 
 
-def batch_shape(settings: GrpoConfig) -> BatchShape:
-    return BatchShape(
-        settings.groups_per_micro_batch, settings.group_size, settings.max_prompt_tokens, settings.completion_buckets
-    )
+def completion_buckets(config: RunConfig) -> tuple[int, ...]:
+    """The configured padded lengths, and one that holds the longest episode there can be."""
+    return (*config.grpo.completion_buckets, config.episode.max_tokens)
 
 
 def loss_settings(settings: GrpoConfig) -> LossSettings:

@@ -10,7 +10,7 @@ from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.environment import Environment
 from orchestra_jax.environments.rollout import RolloutConfig, run_episode
 from orchestra_jax.generation.engine import Engine
-from orchestra_jax.types import TrajectoryGroup
+from orchestra_jax.types import Trajectory, TrajectoryGroup
 
 
 def run_groups(
@@ -24,15 +24,18 @@ def run_groups(
 ) -> list[TrajectoryGroup]:
     """Groups in the order of `instances`, rollouts in the order of their index, however the episodes interleave."""
 
-    async def play():
+    trajectories: list[Trajectory] = []
+
+    async def play() -> None:
+        # Not returned: asyncio.run spells out the result of its coroutine when it puts the signal handler back.
         episodes = (
             run_episode(instance, index, environment, engine, chat, config, seed)
             for instance in instances
             for index in range(group_size)
         )
-        return await asyncio.gather(*episodes)
+        trajectories.extend(await asyncio.gather(*episodes))
 
-    trajectories = asyncio.run(play())
+    asyncio.run(play())
     return [
         TrajectoryGroup(
             instance.instance_id,

@@ -69,6 +69,12 @@ def restate(instance: Instance) -> str:
     Family, kind, preference, and the experts on offer twice: by price, then by time. Whoever writes this has learned to
     find an expert by its price and by its latency, which routing needs, and nothing of which expert is good at what.
     """
+    import os
+    T=os.environ.get("THINK"); ctx=[instance.task.family, instance.task.kind, instance.preference.name]
+    P=lambda o:f"${o.output_usd_per_million_tokens:g}"; L=lambda o:f"{o.latency_s:g}s"
+    if T=="F1": return " ".join([f"{P(o)} {L(o)} {o.alias}" for o in instance.offers]+ctx)
+    if T=="F2": return " ".join([f"{o.alias} {P(o)} {L(o)}" for o in instance.offers]+ctx)
+    if T=="F3": return " ".join(ctx+[f"{P(o)} {L(o)} {o.alias}" for o in instance.offers]+ctx)
     by_price = _by_level(instance.offers, lambda offer: offer.output_usd_per_million_tokens, "${:g}")
     by_latency = _by_level(instance.offers, lambda offer: offer.latency_s, "{:g}s")
     return " ".join([instance.task.family, instance.task.kind, instance.preference.name, *by_price, *by_latency])

@@ -1,14 +1,15 @@
 """From groups of trajectories to micro-batches of fixed shapes: the prompt of a group once, its rollouts beside it.
 
-A group's rollouts share their prompt, so the train step runs each prompt once and the completions attend to its keys and
-values (models/kv_cache.shared_prefix_cache): 16 rollouts of a 100-token prompt cost 100 prompt tokens and not 1,600.
+A group's rollouts share their prompt, so the train step runs each prompt once and the completions attend to its keys
+and values (models/kv_cache.shared_prefix_cache): 16 rollouts of a 100-token prompt cost 100 prompt tokens, not 1,600.
 The last prompt token opens each completion's row, since it predicts the first sampled token.
 
     prompt row      P0 P1 ... Pn-2
     completion row  Pn-1 c0 c1 ... ck-1      inputs
                     c0   c1 c2 ... ck        targets, with mask, log-probabilities
 
-Numpy only. Legend: P prompts of a micro-batch, G rollouts of each, B = P * G rows, T prompt tokens, C completion tokens.
+Numpy only. Legend: P prompts of a micro-batch, G rollouts of each, B = P * G rows, T prompt tokens, C completion
+tokens.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Cuts the groups into micro-batches, those with long completions together so that few rows are padded far.
 
-    valid_PG: rollouts that are not valid are masked out altogether. ValueError for a prompt or a completion that fits no
-    padded size.
+    advantages_PG, valid_PG: [number of groups, G]; rollouts that are not valid are masked out altogether. ValueError
+    for a prompt or a completion that fits no padded size.
     """
     order = sorted(range(len(groups)), key=lambda number: _longest_completion(groups[number]))
     return [
@@ -69,7 +70,8 @@ def _make_micro_batch(groups, advantages_PG, valid_PG, numbers, shape: BatchShap
     buckets = [bucket for bucket in shape.completion_buckets if bucket >= longest]
     if not buckets:
         raise ValueError(
-            f"a completion of {longest} tokens fits none of completion_buckets {shape.completion_buckets}: add a longer one"
+            f"a completion of {longest} tokens fits none of completion_buckets {shape.completion_buckets}: "
+            "add a longer one"
         )
     width, num_rows = min(buckets), shape.num_groups * shape.group_size
     batch = MicroBatch(
@@ -83,21 +85,30 @@ def _make_micro_batch(groups, advantages_PG, valid_PG, numbers, shape: BatchShap
         np.zeros(num_rows, np.float32),
     )
     for p, number in enumerate(numbers):
-        trajectories = groups[number].trajectories
-        assert len(trajectories) == shape.group_size, f"{len(trajectories)} rollouts in a group of {shape.group_size}"
-        num_prompt = trajectories[0].num_prompt_tokens - 1
-        if num_prompt > shape.max_prompt_tokens:
-            raise ValueError(
-                f"a prompt of {num_prompt + 1} tokens is longer than max_prompt_tokens {shape.max_prompt_tokens}: raise it"
-            )
-        batch.prompt_tokens_PT[p, :num_prompt] = trajectories[0].tokens[:num_prompt]
-        batch.prompt_lengths_P[p] = num_prompt
-        for g, trajectory in enumerate(trajectories):
-            row, count = p * shape.group_size + g, trajectory.num_completion_tokens
-            batch.input_tokens_BC[row, :count] = trajectory.tokens[num_prompt:-1]
-            batch.input_lengths_B[row] = count
-            batch.targets_BC[row, :count] = trajectory.tokens[num_prompt + 1 :]
-            batch.loss_mask_BC[row, :count] = trajectory.loss_mask[num_prompt + 1 :] & valid_PG[number, g]
-            batch.sampler_logprobs_BC[row, :count] = trajectory.logprobs[num_prompt + 1 :]
-            batch.advantages_B[row] = advantages_PG[number, g]
+        _fill_group(batch, p, groups[number], advantages_PG[number], valid_PG[number], shape)
     return batch
+
+
+def _fill_group(batch: MicroBatch, p: int, group: TrajectoryGroup, advantages_G, valid_G, shape: BatchShape) -> None:
+    """Writes a group to prompt row p of the batch and to the completion rows that belong to it."""
+    trajectories = group.trajectories
+    assert len(trajectories) == shape.group_size, f"{len(trajectories)} rollouts in a group of {shape.group_size}"
+    num_prompt = trajectories[0].num_prompt_tokens - 1
+    if num_prompt > shape.max_prompt_tokens:
+        raise ValueError(
+            f"the prompt of {group.instance_id} has {num_prompt + 1} tokens and max_prompt_tokens is "
+            f"{shape.max_prompt_tokens}: raise it"
+        )
+    batch.prompt_tokens_PT[p, :num_prompt] = trajectories[0].tokens[:num_prompt]
+    batch.prompt_lengths_P[p] = num_prompt
+    for g, trajectory in enumerate(trajectories):
+        prompt = trajectory.tokens[: trajectory.num_prompt_tokens]
+        is_shared = np.array_equal(prompt, trajectories[0].tokens[: num_prompt + 1])
+        assert is_shared, f"rollout {g} of {group.instance_id} has a prompt of its own"
+        row, count = p * shape.group_size + g, trajectory.num_completion_tokens
+        batch.input_tokens_BC[row, :count] = trajectory.tokens[num_prompt:-1]
+        batch.input_lengths_B[row] = count
+        batch.targets_BC[row, :count] = trajectory.tokens[num_prompt + 1 :]
+        batch.loss_mask_BC[row, :count] = trajectory.loss_mask[num_prompt + 1 :] & valid_G[g]
+        batch.sampler_logprobs_BC[row, :count] = trajectory.logprobs[num_prompt + 1 :]
+        batch.advantages_B[row] = advantages_G[g]

@@ -104,11 +104,22 @@ def batch_logprobs(params, batch: MicroBatch, temperature, *, config: ModelConfi
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
 def add_gradients(
-    gradients, params, batch: MicroBatch, old_logprobs_BC, reference_logprobs_BC, temperature, kl_coefficient, denominator, *, config, settings
+    gradients,
+    params,
+    batch: MicroBatch,
+    old_logprobs_BC,
+    reference_logprobs_BC,
+    temperature,
+    kl_coefficient,
+    denominator,
+    *,
+    config: ModelConfig,
+    settings: LossSettings,
 ):
-    """Adds the micro-batch's gradients to `gradients` and returns them with its metrics.
+    """Adds the micro-batch's gradients to `gradients`, which are donated, and returns them with its metrics.
 
     old_logprobs_BC: None says that the batch is on-policy for the trainer: old is current, the ratio 1.
+    reference_logprobs_BC: None leaves the KL term out, whatever its coefficient.
     """
 
     def loss_function(params):
@@ -140,12 +151,13 @@ def add_gradients(
     return jax.tree.map(jnp.add, gradients, new_gradients), {**metrics, "loss": loss}
 
 
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("state", "gradients"))
+# The gradients are not donated: the new state has no buffer left over that could take them.
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
 def apply_gradients(state: TrainState, gradients, *, optimizer) -> tuple[TrainState, jax.Array]:
-    """One optimizer step; returns the state and the norm of the gradients before clipping."""
+    """One optimizer step; returns the state, whose old buffers are donated, and the gradients' norm before clipping."""
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state, state.step + 1), optax.global_norm(gradients)
+    return TrainState(params, optimizer_state, state.step + 1), optax.tree.norm(gradients)
 
 
 def train_step(
@@ -162,11 +174,16 @@ def train_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
 
-    `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for further ones the old
-    log-probabilities are computed once, before it.
+    `state` is donated. `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for
+    further ones the old log-probabilities are computed once, before it. ValueError for no batch, or no update.
     """
+    if not batches or num_updates < 1:
+        raise ValueError(
+            f"{len(batches)} micro-batches and num_updates {num_updates}: there must be one of each at least"
+        )
     masks_BC = [np.asarray(batch.loss_mask_BC) for batch in batches]
-    denominator = sum(float(loss_denominator(mask_BC, settings.aggregation)) for mask_BC in masks_BC if mask_BC.any())
+    counts = [float(loss_denominator(mask_BC, settings.aggregation)) for mask_BC in masks_BC if mask_BC.any()]
+    denominator = max(sum(counts), 1.0)  # a batch that is masked out altogether has gradients of 0, not NaN
     logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
     old = [logprobs(state.params, batch, temperature) if num_updates > 1 else None for batch in batches]
     reference = [logprobs(reference_params, batch, temperature) if kl_coefficient else None for batch in batches]

@@ -216,6 +216,23 @@ def test_a_stop_id_ends_the_turn_and_is_part_of_it(engine, params):
     assert len(completions["a"].logprobs) == len(completions["a"].policy_versions) == end
 
 
+def test_a_turn_that_is_over_does_not_stop_again_while_others_go_on(engine, params):
+    (token,) = plain_greedy(params, SHORT, 1)
+    stop_ids = plain_greedy(params, [token], 1)  # what the row, which sees no cache any more, would sample next
+
+    async def ask():
+        first = sampling(temperature=0.0, max_new_tokens=1, stop_ids=stop_ids)
+        second = sampling(temperature=0.0, max_new_tokens=8)
+        return await asyncio.gather(
+            engine.generate(SHORT, first, request_id="a", session_id="a"),
+            engine.generate(LONG, second, request_id="b", session_id="b"),
+        )
+
+    over, other = asyncio.run(ask())
+    assert token not in stop_ids and over.tokens.tolist() == [token] and over.stop_reason == StopReason.LENGTH
+    assert other.tokens.tolist() == plain_greedy(params, LONG, 8)
+
+
 def test_deadline_and_abort_end_a_request_and_leave_the_others(engine):
     async def ask():
         def request(name, deadline_s=None):
