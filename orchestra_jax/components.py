@@ -1,14 +1,19 @@
-"""The parts of a run, built once from its config: chat, tasks, tools, environment, model shape."""
+"""The parts of a run, built once from its config: chat, tasks, tools, environment, model shape.
+
+What is wrong with a config is said here, before anything is trained or written. Weights and engine are no parts: the
+engine is made of weights, whenever there are some (`build_engine`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.corpus import build_documents, load_documents
-from orchestra_jax.data.questions import build_tasks
 from orchestra_jax.data.preferences import PREFERENCES
+from orchestra_jax.data.questions import build_tasks
 from orchestra_jax.data.records import Preference, Task
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
@@ -16,8 +21,9 @@ from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search
 from orchestra_jax.experts.simulated import SimulatedExperts
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
+from orchestra_jax.grpo.loss import AGGREGATIONS
 from orchestra_jax.models.config import MODELS, ModelConfig
-from orchestra_jax.rewards.preference import Objective
+from orchestra_jax.rewards.preference import RANGE_RULES, Objective
 from orchestra_jax.tools.local_search import LocalSearch
 from orchestra_jax.tools.python_sandbox import PythonSandbox
 from orchestra_jax.tools.toolbox import Toolbox
@@ -27,8 +33,10 @@ VOCAB_MULTIPLE = 32  # the embedding is padded to it
 
 @dataclasses.dataclass(frozen=True)
 class Components:
+    """Close `sandbox` in the end."""
+
     chat: Chat
-    model_config: ModelConfig
+    model_config: ModelConfig  # with the tokenizer's vocabulary
     environment: QuestionAnswering
     sandbox: PythonSandbox
     objectives: tuple[Objective, ...]
@@ -38,21 +46,45 @@ class Components:
     preferences: tuple[Preference, ...]
 
 
-ENGINES = {"jax": lambda config, parts, params, version: JaxEngine(parts.model_config, params, config.jax_engine, version)}
+def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
+    return JaxEngine(parts.model_config, params, config.jax_engine, version)
+
+
+ENGINES = {"jax": _build_jax_engine}
 
 
 def build_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
-    """The engine that `config.engine` names. ValueError for one that is not there."""
-    if config.engine not in ENGINES:
-        raise ValueError(f"engine {config.engine!r} is not one of {sorted(ENGINES)}")
+    """The engine that `config.engine` names, with the weights `params` of the policy's version `version`."""
     return ENGINES[config.engine](config, parts, params, version)
+
+
+def check_config(config: RunConfig) -> None:
+    """ValueError for what would else show when the warm start is done, minutes later."""
+    choices = {
+        "model": (config.model, MODELS),
+        "engine": (config.engine, ENGINES),
+        "grpo.range_rule": (config.grpo.range_rule, RANGE_RULES),
+        "grpo.aggregation": (config.grpo.aggregation, AGGREGATIONS),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is not one of {sorted(allowed)}")
+    for name in ("max_tokens", "max_turn_tokens") if config.engine == "jax" else ():
+        needed, there = getattr(config.episode, name), getattr(config.jax_engine, name)
+        if needed > there:
+            raise ValueError(f"episode.{name} {needed} does not fit jax_engine.{name} {there}: raise the engine's")
+    if config.checkpoint_every < 1 or config.grpo.group_size < 2:
+        raise ValueError(
+            f"checkpoint_every {config.checkpoint_every} must be 1 or more, and grpo.group_size "
+            f"{config.grpo.group_size} must be 2 or more: a rollout is compared with the others of its group"
+        )
 
 
 def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
     """The five of the default world, or the one that `data.weights` describes in the words of "balanced"."""
     if not weights:
         return tuple(PREFERENCES.values())
-    if len(weights) != 3 or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
         raise ValueError(f"data.weights {weights} must be three weights, 0 or more: outcome, cost_usd, latency_s")
     outcome, cost_usd, latency_s = (weight / sum(weights) for weight in weights)
     named = {"outcome": outcome, "cost_usd": cost_usd, "latency_s": latency_s, "disallowed_calls": 0.0}
@@ -60,9 +92,8 @@ def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
 
 
 def build_components(config: RunConfig) -> Components:
-    """ValueError for a model, rendering, tokenizer directory or corpus that is not there."""
-    if config.model not in MODELS:
-        raise ValueError(f"model {config.model!r} is not one of {sorted(MODELS)}")
+    """ValueError for what `check_config` refuses, and a rendering, tokenizer directory or corpus that is not there."""
+    check_config(config)
     chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
     vocab_size = -(-chat.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     documents = load_documents(config.data.corpus_path) if config.data.corpus_path else build_documents()

@@ -1,4 +1,7 @@
-"""The configuration of a run: plain dataclasses, made by `get_config()` in configs/, overridden field by field by flags."""
+"""The configuration of a run: plain dataclasses, made by `get_config()` in configs/, overridden by field with flags.
+
+What is wrong with one is said by components.check_config.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ class GrpoConfig:
     num_groups: int = 32  # instances a step
     group_size: int = 8  # rollouts of each
     groups_per_update: int = 8  # an optimizer step for each so many kept groups of the step's rollouts
-    groups_per_micro_batch: int = 8  # gradients are summed over micro-batches of this size
+    groups_per_micro_batch: int = 2  # gradients are summed over micro-batches of this size
     max_prompt_tokens: int = 88
     completion_buckets: tuple[int, ...] = (48, 80)  # padded lengths; one for episode.max_tokens is added
     num_updates: int = 1  # optimizer steps on the same groups
@@ -68,7 +71,7 @@ class GrpoConfig:
     final_kl_coefficient: float = 0.02
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
-    logprob_chunk: int = 4096
+    logprob_chunk: int = 256
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=6e-4))
 
 

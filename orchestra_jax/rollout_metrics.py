@@ -1,4 +1,8 @@
-"""What one training step did, as named numbers: the values of metrics.METRICS. Computes; writes nothing."""
+"""What one training step did, as named numbers: the values of metrics.METRICS. Computes; writes nothing.
+
+A rollout that infrastructure ended says nothing about the policy: it counts in `filter/`, `speed/` and the shares of
+statuses alone. A value that there is nothing to take a mean of is left out.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,22 @@ def rollout_metrics(
     losses: Sequence[Mapping[str, float]],
     seconds: Sequence[float],
 ) -> dict[str, float]:
-    """`losses`: of each optimizer step; `seconds`: of the rollouts, of scoring and packing, of the updates."""
+    """Values by metric name.
+
+    Args:
+      instances: of the step.
+      groups: their rollouts, in the same order.
+      scored: what became of the groups.
+      objectives: of every objective vector.
+      losses: of each optimizer step; none if no group was kept.
+      seconds: of the rollouts, of scoring and packing, of the updates.
+    """
     rollouts = [each for group in groups for each in group.trajectories]
     return {
         **_scores(instances, groups, scored, objectives),
-        **_calls(instances, groups),
-        **_episodes(rollouts),
+        **_calls(instances, groups, scored),
+        **_episodes([each for each, is_valid in zip(rollouts, scored.valid_PG.flat, strict=True) if is_valid]),
+        **_statuses(rollouts),
         **_filters(scored, rollouts),
         **_losses(losses),
         **_speed(rollouts, seconds),
@@ -67,13 +81,14 @@ def _scores(instances, groups, scored: ScoredGroups, objectives) -> dict[str, fl
     return {name: float(np.mean(numbers)) for name, numbers in sums.items()}
 
 
-def _calls(instances, groups) -> dict[str, float]:
+def _calls(instances, groups, scored: ScoredGroups) -> dict[str, float]:
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     num_rollouts: collections.Counter = collections.Counter()
-    for instance, group in zip(instances, groups, strict=True):
+    for instance, group, valid_G in zip(instances, groups, scored.valid_PG, strict=True):
         preference = instance.preference.name
-        num_rollouts[preference] += len(group.trajectories)
-        for record in (record for each in group.trajectories for record in each.calls):
+        rollouts = [group.trajectories[g] for g in np.flatnonzero(valid_G)]
+        num_rollouts[preference] += len(rollouts)
+        for record in (record for each in rollouts for record in each.calls):
             if record.status == CallStatus.OK:
                 counts[preference][record.call.name] += 1
                 counts[preference][str(record.call.arguments["model"])] += 1
@@ -85,18 +100,23 @@ def _calls(instances, groups) -> dict[str, float]:
 
 
 def _episodes(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    if not rollouts:
+        return {}
     calls = [record for each in rollouts for record in each.calls]
     sampled = np.concatenate([each.logprobs[each.loss_mask] for each in rollouts])
-    statuses = collections.Counter(each.status for each in rollouts)
     return {
         "calls/per_rollout": len(calls) / len(rollouts),
         "calls/refused_share": sum(record.status == CallStatus.REFUSED for record in calls) / max(len(calls), 1),
         "episode/completion_tokens": float(np.mean([each.num_completion_tokens for each in rollouts])),
         "episode/prompt_tokens": float(np.mean([each.num_prompt_tokens for each in rollouts])),
-        "episode/truncated_share": sum(statuses[status] for status in TRUNCATED) / len(rollouts),
-        **{f"episode/status/{status}": count / len(rollouts) for status, count in statuses.items()},
-        "sampler/logprob_mean": float(sampled.mean()) if len(sampled) else 0.0,
+        "episode/truncated_share": sum(each.status in TRUNCATED for each in rollouts) / len(rollouts),
+        **({"sampler/logprob_mean": float(sampled.mean())} if len(sampled) else {}),
     }
+
+
+def _statuses(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    counts = collections.Counter(each.status for each in rollouts)
+    return {f"episode/status/{status}": count / len(rollouts) for status, count in counts.items()}
 
 
 def _filters(scored: ScoredGroups, rollouts) -> dict[str, float]:
@@ -105,7 +125,7 @@ def _filters(scored: ScoredGroups, rollouts) -> dict[str, float]:
     values = {
         "filter/kept_groups_share": len(scored.kept) / num_groups,
         "filter/failed_share": float(1 - scored.valid_PG.mean()),
-        "filter/masked_tokens_share": float(1 - completion_mask.mean()),
+        "filter/masked_tokens_share": float(1 - completion_mask.mean()) if len(completion_mask) else 0.0,
         **{f"filter/reason/{reason}": count / num_groups for reason, count in scored.dropped.items()},
     }
     if scored.kept:

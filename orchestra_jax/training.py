@@ -54,10 +54,11 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     KeyboardInterrupt. A finished run is not run again: its summary is returned.
     """
     start_s = time.monotonic()
+    parts = build_components(config)  # first: a config with a mistake in it claims no directory
     directory = open_run_directory(workdir, config_as_dict(config))
     if directory.summary_path.exists():
+        print(f"{directory.path} holds this run, finished")
         return read_json(directory.summary_path)
-    parts = build_components(config)
     with contextlib.ExitStack() as stack:
         stack.callback(parts.sandbox.close)
         metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
@@ -91,7 +92,12 @@ def warm_start(config: RunConfig, parts: Components) -> Progress:
     bar = tqdm(range(settings.num_steps), desc="warm start")
     for step in bar:
         groups = demonstrate(
-            next(batches), settings.group_size, parts.environment, parts.chat, parts.rollout, derive_seed(config.seed, step)
+            next(batches),
+            settings.group_size,
+            parts.environment,
+            parts.chat,
+            parts.rollout,
+            derive_seed(config.seed, step),
         )
         (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
         state, loss = supervised_step(
@@ -104,9 +110,16 @@ def warm_start(config: RunConfig, parts: Components) -> Progress:
 
 
 def improve(
-    config: RunConfig, parts, progress: Progress, batches: Iterator, metrics, checkpointer, directory: RunDirectory, start_s
+    config: RunConfig,
+    parts: Components,
+    progress: Progress,
+    batches: Iterator,
+    metrics: MetricsWriter,
+    checkpointer: Checkpointer,
+    directory: RunDirectory,
+    start_s: float,
 ) -> Progress:
-    """GRPO from `progress.step` on."""
+    """GRPO from `progress.step` on. KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
     shape = BatchShape(
         settings.groups_per_micro_batch, settings.group_size, settings.max_prompt_tokens, completion_buckets(config)
@@ -141,20 +154,23 @@ def improve(
             clock.append(time.monotonic())
             values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
             metrics.write(step, values)
-            bar.set_postfix(reward=f"{values['score/reward']:.3f}", accuracy=f"{values['score/accuracy']:.2f}")
+            bar.set_postfix({name: f"{values.get(f'score/{name}', np.nan):.3f}" for name in ("reward", "accuracy")})
             if step % config.checkpoint_every == 0:
                 directory.write_trajectories(step, groups[: config.num_saved_groups])
-            if interrupt.is_set or progress.step % config.checkpoint_every == 0 or progress.step == settings.num_steps:
+            is_last = interrupt.is_set or progress.step == settings.num_steps
+            if is_last or progress.step % config.checkpoint_every == 0:
                 save(progress, checkpointer, batches, start_s)
-            if interrupt.is_set:
-                raise KeyboardInterrupt
+            if is_last:
+                break
+        if interrupt.is_set:
+            raise KeyboardInterrupt
     return progress
 
 
 def split_into_updates(
     groups: list[TrajectoryGroup], scored: ScoredGroups, settings: GrpoConfig, shape: BatchShape, seed: int
 ) -> list[list[MicroBatch]]:
-    """Deals the kept groups out at random to equally large updates, each a list of micro-batches.
+    """Deals the kept groups out at random to updates of equal size, give or take one, each a list of micro-batches.
 
     Later updates of a step are slightly off-policy; the truncated importance correction (current over sampler) is what
     accounts for it. More, smaller optimizer steps on the same rollouts learn much faster here (docs/log.md).
@@ -162,7 +178,9 @@ def split_into_updates(
     num_kept = len(scored.kept)
     if not num_kept:
         return []
-    parts = np.array_split(np.random.default_rng(seed).permutation(num_kept), -(-num_kept // settings.groups_per_update))
+    parts = np.array_split(
+        np.random.default_rng(seed).permutation(num_kept), -(-num_kept // settings.groups_per_update)
+    )
     kept = np.array(scored.kept)
     return [
         make_micro_batches(
@@ -187,13 +205,11 @@ def completion_buckets(config: RunConfig) -> tuple[int, ...]:
 
 
 def loss_settings(settings: GrpoConfig) -> LossSettings:
-    return LossSettings(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(LossSettings)}
-    )
+    return LossSettings(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(LossSettings)})
 
 
 def kl_coefficient(settings: GrpoConfig, step: int) -> float:
-    """Falls linearly from `kl_coefficient` to `final_kl_coefficient`: explore near the warm start first, then commit."""
+    """Falls linearly from the first to the final one: explore near the warm start first, then commit."""
     share = step / max(settings.num_steps - 1, 1)
     return settings.kl_coefficient + (settings.final_kl_coefficient - settings.kl_coefficient) * share
 

@@ -18,8 +18,8 @@ class Document:
 class Task:
     """A question with a checkable answer.
 
-    `family` x `kind` says what makes the question hard, and both are visible in its wording. `evidence_tool` is the tool
-    whose result can hold the evidence: for `search` the documents `gold_document_ids` must all be retrieved, for
+    `family` x `kind` says what makes the question hard, and both are visible in its wording. `evidence_tool` is the
+    tool whose result can hold the evidence: for `search` the documents `gold_document_ids` must all be retrieved, for
     `enhance_reasoning` the printed output of the program must be `answer`.
     """
 
@@ -58,7 +58,7 @@ class Preference:
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """One expert as it is offered to one instance. `latency_s` is what an `answer` call takes; other roles take a share."""
+    """One expert as it is offered to one instance. `latency_s` is an `answer` call's; other roles take a share of it."""
 
     alias: str
     model: str

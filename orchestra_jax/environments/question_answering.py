@@ -1,13 +1,13 @@
 """Question answering with delegation: the prompt, the tools, and the objectives of the default world.
 
-The same instance is rendered in two ways. `compact`: question, preference and one line per expert on offer, about 100
-tokens with the small tokenizer; the results of calls are one-line summaries. `qwen3`: the tools as JSON schemas with the
-table of experts in the argument's description, as in the ToolOrchestra release, and the results in full.
+The same instance is rendered in two ways. `compact`: question, preference and one line per expert on offer, under 100
+tokens with the small tokenizer; the results of calls are one-line summaries. `qwen3`: the tools as JSON schemas with
+the table of experts in the argument's description, as in the ToolOrchestra release, and the results in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
@@ -66,26 +66,13 @@ def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
 def restate(instance: Instance) -> str:
     """The thinking of a demonstration: what the prompt says and never what to choose.
 
-    Family, kind, preference, and the experts on offer twice: by price, then by time. Whoever writes this has learned to
-    find an expert by its price and by its latency, which routing needs, and nothing of which expert is good at what.
+    The experts on offer, price and latency before the alias, so that a causal model knows all three where it reads the
+    alias; then family, kind and preference, next to the call that they bear on.
     """
-    import os
-    T=os.environ.get("THINK"); ctx=[instance.task.family, instance.task.kind, instance.preference.name]
-    P=lambda o:f"${o.output_usd_per_million_tokens:g}"; L=lambda o:f"{o.latency_s:g}s"
-    if T=="F1": return " ".join([f"{P(o)} {L(o)} {o.alias}" for o in instance.offers]+ctx)
-    if T=="F2": return " ".join([f"{o.alias} {P(o)} {L(o)}" for o in instance.offers]+ctx)
-    if T=="F3": return " ".join(ctx+[f"{P(o)} {L(o)} {o.alias}" for o in instance.offers]+ctx)
-    by_price = _by_level(instance.offers, lambda offer: offer.output_usd_per_million_tokens, "${:g}")
-    by_latency = _by_level(instance.offers, lambda offer: offer.latency_s, "{:g}s")
-    return " ".join([instance.task.family, instance.task.kind, instance.preference.name, *by_price, *by_latency])
-
-
-def _by_level(offers: Sequence[Offer], level: Callable[[Offer], float], text: str) -> list[str]:
-    """Each level that occurs, rising, followed by its experts."""
-    words = []
-    for value in sorted({level(offer) for offer in offers}):
-        words += [text.format(value), *(offer.alias for offer in offers if level(offer) == value)]
-    return words
+    experts = [
+        f"${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}" for offer in instance.offers
+    ]
+    return " ".join([*experts, instance.task.family, instance.task.kind, instance.preference.name])
 
 
 class QuestionAnswering:

@@ -1,7 +1,8 @@
-"""The end of a run: plays the trained policy and the warm start on held-out instances and sets them beside what can be done.
+"""The end of a run: the trained policy and the warm start on held-out instances, beside what can be done.
 
-The same draws are played under every preference. Values are expectations under the world's known probabilities given the
-calls made (trajectory_value.py), exact ones for the optimum and the baselines (oracle.py); realised ones stand beside.
+The same draws are played under every preference. Values are expectations under the world's known probabilities given
+the calls made (trajectory_value.py), exact ones for the optimum and the baselines (oracle.py); realised ones stand
+beside.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import pathlib
 import resource
 import subprocess
 from collections.abc import Sequence
@@ -45,6 +47,7 @@ from orchestra_jax.run_directory import RunDirectory, write_text
 from orchestra_jax.types import Trajectory
 
 NUM_SHOWN_TRAJECTORIES = 2  # of each preference, as text
+MIN_COST_WEIGHT = 0.1  # below it a preference need not answer to a price
 
 
 def evaluate_run(config: RunConfig, parts: Components, params, reference_params, directory: RunDirectory) -> dict:
@@ -63,7 +66,9 @@ def evaluate_run(config: RunConfig, parts: Components, params, reference_params,
     charges = make_charges(instances, config.world)
     statistics = {"optimal": evaluate(charges, optimal_policy)[0]}
     statistics |= evaluate_baselines(instances, charges, skill_tables(config.world))
-    statistics["clairvoyant"] = clairvoyant_statistics(charges, config.evaluation.seed, config.evaluation.num_clairvoyant_draws)
+    statistics["clairvoyant"] = clairvoyant_statistics(
+        charges, config.evaluation.seed, config.evaluation.num_clairvoyant_draws
+    )
     engine = build_engine(config, parts, params, version=0)
     played = {"trained": play(config, parts, engine, instances, temperature=0.0)}
     asyncio.run(engine.update_weights(reference_params, 1))
@@ -82,7 +87,8 @@ def evaluate_run(config: RunConfig, parts: Components, params, reference_params,
         "policies": build_policies(statistics, preference_I, realised),
     }
     summary["comparisons"] = compare(statistics, preference_I, baseline_names(summary), config.evaluation.seed)
-    summary["obedience"] = obedience(*(by_preference(statistics[name], preference_I) for name in ("trained", "optimal")))
+    trained, optimal = (by_preference(statistics[name], preference_I) for name in ("trained", "optimal"))
+    summary["obedience"] = obedience(trained, optimal)
     summary["price_response"] = price_response(config, parts, engine, instances)
     decode = functools.partial(chat_format.decode, parts.chat)
     texts = [
@@ -123,18 +129,23 @@ def compare(
     }
 
 
-def price_response(config: RunConfig, parts: Components, engine: Engine, instances: Sequence[Instance]) -> dict[str, float]:
+def price_response(
+    config: RunConfig, parts: Components, engine: Engine, instances: Sequence[Instance]
+) -> dict[str, float]:
     """Raises one expert's price from the lowest to the highest level in the prompt and counts its calls.
 
     Over the instances whose preference weighs cost and that offer an expert at the lowest price. A response of the
     trained policy beside the optimum's: mean calls of that expert before - after, and the permutation p-value.
     """
-    low, high = min(config.world.price_levels_usd_per_million_tokens), max(config.world.price_levels_usd_per_million_tokens)
+    levels = config.world.price_levels_usd_per_million_tokens
+    low, high = min(levels), max(levels)
     pairs = []
     for instance in instances:
         cheap = [offer for offer in instance.offers if offer.output_usd_per_million_tokens == low]
-        if cheap and instance.preference.weights["cost_usd"] > 0.1:
-            raised = dataclasses.replace(cheap[0], input_usd_per_million_tokens=high, output_usd_per_million_tokens=high)
+        if cheap and instance.preference.weights["cost_usd"] > MIN_COST_WEIGHT:
+            raised = dataclasses.replace(
+                cheap[0], input_usd_per_million_tokens=high, output_usd_per_million_tokens=high
+            )
             offers = tuple(raised if offer is cheap[0] else offer for offer in instance.offers)
             dear = dataclasses.replace(instance, instance_id=f"{instance.instance_id}/raised", offers=offers)
             pairs.append((instance, dear, f"calls/{cheap[0].alias}"))
@@ -158,9 +169,10 @@ def price_response(config: RunConfig, parts: Components, engine: Engine, instanc
 
 
 def current_commit() -> str:
-    """The commit of the checkout that runs, or "unknown" outside one."""
+    """The commit of the checkout that this file is in, wherever it is run from, or "unknown" outside one."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return "unknown"
     return result.stdout.strip() if result.returncode == 0 else "unknown"

@@ -11,7 +11,6 @@ Legend: I instances, G rollouts of each, O experts on offer, A = tools x O actio
 import dataclasses
 
 import numpy as np
-import pytest
 
 from orchestra_jax.config import GrpoConfig
 from orchestra_jax.data.pipeline import evaluation_instances
@@ -23,7 +22,6 @@ from orchestra_jax.evaluation.oracle import (
     ANSWER,
     EVIDENCE_TOOLS,
     NUM_EXPERTS,
-    STATISTICS,
     Charges,
     evaluate,
     make_charges,
@@ -77,7 +75,8 @@ def play(charges: Charges, logits_INA: np.ndarray, group_size: int, rng: np.rand
     i_IG = np.broadcast_to(rows_I1, shape)
     g_IG = np.broadcast_to(np.arange(group_size), shape)
     cost_RIO, latency_RIO, success_RIO = (
-        table_RIE[:, rows_I1, columns_IO] for table_RIE in (charges.cost_usd_RIE, charges.latency_s_RIE, charges.success_RIE)
+        table_RIE[:, rows_I1, columns_IO]
+        for table_RIE in (charges.cost_usd_RIE, charges.latency_s_RIE, charges.success_RIE)
     )
     is_disallowed_IO = charges.is_disallowed_IE[rows_I1, columns_IO]
     draws_IGRO = rng.random((*shape, len(ROLES), NUM_OFFERED))
@@ -108,7 +107,9 @@ def as_groups(instances, objectives, played: Play) -> list[TrajectoryGroup]:
     nothing = {"tokens": (), "loss_mask": (), "logprobs": (), "policy_versions": (), "num_prompt_tokens": 0}
     names = [objective.name for objective in objectives]
     groups = []
-    for instance, values_GM, is_answered_G in zip(instances, played.values_IGM.tolist(), played.is_answered_IG.tolist()):
+    for instance, values_GM, is_answered_G in zip(
+        instances, played.values_IGM.tolist(), played.is_answered_IG.tolist()
+    ):
         trajectories = tuple(
             Trajectory(
                 instance_id=instance.instance_id,
