@@ -43,7 +43,7 @@ class EpisodeConfig:
 class WarmStartConfig:
     """Supervised steps on demonstrations with a random route."""
 
-    num_steps: int = 300
+    num_steps: int = 200
     num_groups: int = 16
     group_size: int = 4
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3))
@@ -51,12 +51,12 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 150
+    num_steps: int = 280
     num_groups: int = 32  # instances a step
     group_size: int = 8  # rollouts of each
     groups_per_update: int = 8  # an optimizer step for each so many kept groups of the step's rollouts
     groups_per_micro_batch: int = 2  # gradients are summed over micro-batches of this size
-    max_prompt_tokens: int = 88
+    max_prompt_tokens: int = 80
     completion_buckets: tuple[int, ...] = (48, 80)  # padded lengths; one for episode.max_tokens is added
     num_updates: int = 1  # optimizer steps on the same groups
     range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
@@ -72,7 +72,7 @@ class GrpoConfig:
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
     logprob_chunk: int = 256
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=6e-4))
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
 
 
 @dataclasses.dataclass

@@ -58,7 +58,7 @@ class Preference:
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """One expert as it is offered to one instance. `latency_s` is an `answer` call's; other roles take a share of it."""
+    """One expert as it is offered to one instance. `latency_s` is an `answer` call's; other roles take a share."""
 
     alias: str
     model: str

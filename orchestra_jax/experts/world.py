@@ -40,7 +40,7 @@ class WorldConfig:
     """What can be set about the world. Prices and latencies are levels, drawn independently per expert and instance."""
 
     seed: int = 0
-    num_offered: int = 4
+    num_offered: int = 3
     price_levels_usd_per_million_tokens: tuple[float, ...] = (0.2, 5.0, 15.0)
     latency_levels_s: tuple[float, ...] = (2.0, 25.0, 60.0)
     writer_latency_share: float = 0.7  # of an answer's latency
@@ -54,9 +54,9 @@ class WorldConfig:
     # What the oracle takes a turn of the orchestrator to be; the ledger charges the real tokens of each turn.
     orchestrator_nominal_context_tokens: int = 150
     orchestrator_nominal_turn_tokens: int = 20
-    reference_cost_usd: float = 0.01
-    reference_latency_s: float = 40.0
-    max_calls: int = 3
+    reference_cost_usd: float = 0.012
+    reference_latency_s: float = 50.0
+    max_calls: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ class JaxEngineConfig:
     max_tokens: int = 192  # of a session, the new ones included
     max_turn_tokens: int = 40
     prompts_per_prefill: int = 32
-    prefill_buckets: tuple[int, ...] = (88, 192)
+    prefill_buckets: tuple[int, ...] = (80, 192)
     turn_buckets: tuple[int, ...] = (20, 40)  # tokens that a session was given since its last turn
     row_buckets: tuple[int, ...] = (16, 64)
     slot_buckets: tuple[int, ...] = (112,)

@@ -1,0 +1,96 @@
+"""Rewards, filters and advantages of the groups of one step, with numbers worked out by hand.
+
+The objectives: outcome, and a cost between $0 and $1. Under weights of 1/2 each and the reference ranges a right answer
+for c dollars has the reward 1/2 + 1/2 (1 - c), a wrong one 0.
+"""
+
+import numpy as np
+import pytest
+
+from orchestra_jax.grpo.advantages import FilterReason
+from orchestra_jax.grpo.scoring import score_groups
+from orchestra_jax.rewards.preference import Objective
+from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup
+
+OBJECTIVES = (Objective("outcome", "maximize", 0.0, 1.0), Objective("cost_usd", "minimize", 0.0, 1.0))
+WEIGHTS = {"outcome": 0.5, "cost_usd": 0.5}
+FAILED = EpisodeStatus.TOOL_FAILURE
+
+
+def rollout(outcome, cost_usd, status=EpisodeStatus.ANSWERED):
+    empty = np.zeros(0)
+    values = {"outcome": outcome, "cost_usd": cost_usd}
+    return Trajectory("i", 0, empty, empty, empty, empty, 0, (), (), status, "", values)
+
+
+def group(*rollouts):
+    return TrajectoryGroup("i", WEIGHTS, rollouts)
+
+
+def score(*groups, **settings):
+    defaults = {"range_rule": "reference", "divide_by_std": False, "min_group_std": 0.1, "advantage_clip": 3.0}
+    return score_groups(groups, OBJECTIVES, **{**defaults, **settings})
+
+
+GOOD = group(rollout(1.0, 0.0), rollout(0.0, 0.3), rollout(1.0, 0.8), rollout(0.0, 0.0))  # 1, 0, 0.6, 0
+EQUAL = group(*(rollout(1.0, cost_usd) for cost_usd in (0.2, 0.2, 0.21, 0.2)))
+BROKEN = group(*(rollout(0.0, 0.0, FAILED) for _ in range(4)))
+
+
+def test_rewards_and_advantages_by_hand():
+    scored = score(GOOD)
+    np.testing.assert_allclose(scored.rewards_PG, [[1.0, 0.0, 0.6, 0.0]])
+    np.testing.assert_allclose(scored.advantages_KG, [[0.6, -0.4, 0.2, -0.4]])
+    assert (scored.kept, scored.dropped) == ((0,), {})
+    divided = score(GOOD, divide_by_std=True)
+    std = np.sqrt((0.36 + 0.16 + 0.04 + 0.16) / 3)
+    np.testing.assert_allclose(divided.advantages_KG, [[0.6 / std, -0.4 / std, 0.2 / std, -0.4 / std]], rtol=1e-5)
+    clipped = score(GOOD, advantage_clip=0.5)
+    np.testing.assert_allclose(clipped.advantages_KG, [[0.5, -0.4, 0.2, -0.4]])
+    assert clipped.is_clipped_KG.tolist() == [[True, False, False, False]]
+
+
+def test_the_range_rule_is_passed_on():
+    """The group's own range: costs 0 to 0.8, so the right answer for $0.8 has 1/2, the free one 1."""
+    np.testing.assert_allclose(score(GOOD, range_rule="group").rewards_PG, [[1.0, 0.0, 0.5, 0.0]])
+    with pytest.raises(ValueError, match="range_rule 'grup'"):
+        score(GOOD, range_rule="grup")
+
+
+@pytest.mark.parametrize("range_rule", ["reference", "group"])
+@pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 1e6), (1.0, np.nan)])
+def test_a_failed_rollout_changes_nothing_for_the_others(range_rule, values):
+    with_failure = group(*GOOD.trajectories[:2], rollout(*values, FAILED), *GOOD.trajectories[2:])
+    scored, without = (score(each, range_rule=range_rule) for each in (with_failure, GOOD))
+    others = [0, 1, 3, 4]
+    assert scored.valid_PG.tolist() == [[True, True, False, True, True]]
+    np.testing.assert_array_equal(scored.rewards_PG[:, others], without.rewards_PG)
+    np.testing.assert_array_equal(scored.advantages_KG[:, others], without.advantages_KG)
+    assert scored.rewards_PG[0, 2] == scored.advantages_KG[0, 2] == 0.0
+
+
+@pytest.mark.parametrize("status", [each for each in EpisodeStatus if each != FAILED])
+def test_what_the_policy_did_itself_is_never_left_out(status):
+    assert score(group(rollout(0.0, 0.1, status), rollout(1.0, 0.0))).valid_PG.all()
+
+
+def test_dropped_groups_are_counted_by_reason_and_the_kept_ones_keep_their_numbers():
+    lonely = group(rollout(1.0, 0.0), *(rollout(0.0, 0.0, FAILED) for _ in range(3)))
+    scored = score(BROKEN, GOOD, EQUAL, lonely, GOOD)
+    assert scored.kept == (1, 4)
+    assert scored.dropped == {FilterReason.TOO_FEW_VALID: 2, FilterReason.HOMOGENEOUS: 1}
+    assert scored.rewards_PG.shape == scored.valid_PG.shape == (5, 4)
+    np.testing.assert_array_equal(scored.advantages_KG, np.repeat(score(GOOD).advantages_KG, 2, axis=0))
+    assert scored.is_clipped_KG.shape == (2, 4)
+
+
+def test_without_a_threshold_equal_groups_are_kept_and_failed_ones_are_not():
+    scored = score(BROKEN, EQUAL, min_group_std=0.0)
+    assert (scored.kept, scored.dropped) == ((1,), {FilterReason.TOO_FEW_VALID: 1})
+
+
+def test_a_step_may_keep_no_group_at_all():
+    scored = score(BROKEN, BROKEN)
+    assert (scored.kept, scored.dropped) == ((), {FilterReason.TOO_FEW_VALID: 2})
+    assert scored.advantages_KG.shape == scored.is_clipped_KG.shape == (0, 4)
+    assert not scored.valid_PG.any() and not scored.rewards_PG.any()

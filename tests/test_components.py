@@ -1,0 +1,110 @@
+"""The parts of a run, and what is refused before anything runs."""
+
+import json
+import math
+
+import pytest
+
+from orchestra_jax import components as module
+from orchestra_jax.components import build_components, build_engine, build_preferences
+from orchestra_jax.config import RunConfig
+from orchestra_jax.data.preferences import PREFERENCES
+from orchestra_jax.models.config import MODELS
+
+
+def small_config():
+    config = RunConfig(model="tiny")
+    config.data.num_tasks_per_cell = config.data.num_test_tasks_per_cell = 2
+    return config
+
+
+def test_the_parts_follow_the_config():
+    config = small_config()
+    config.episode.temperature, config.world.max_calls, config.world.orchestrator_tokens_per_s = 0.7, 2, 99.0
+    parts = build_components(config)
+    assert parts.model_config.vocab_size % module.VOCAB_MULTIPLE == 0
+    assert 0 <= parts.model_config.vocab_size - parts.chat.vocab_size < module.VOCAB_MULTIPLE
+    assert parts.model_config.hidden_size == MODELS["tiny"].hidden_size
+    assert (parts.rollout.temperature, parts.rollout.orchestrator_tokens_per_s) == (0.7, 99.0)
+    assert parts.environment.max_calls == 2
+    assert [objective.name for objective in parts.objectives] == [
+        "outcome",
+        "cost_usd",
+        "latency_s",
+        "disallowed_calls",
+    ]
+    assert len(parts.train_tasks) == len(parts.test_tasks) == 2 * 8
+    assert not {task.task_id for task in parts.train_tasks} & {task.task_id for task in parts.test_tasks}
+    assert parts.preferences == tuple(PREFERENCES.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("model", "qwen", r"model 'qwen' is not one of \[.*'quickstart'"),
+        ("engine", "vllm", r"engine 'vllm' is not one of \['jax'\]"),
+        ("prompt.rendering", "llama", r"rendering is 'llama'; choose one of .*'qwen3', 'compact'"),
+        ("prompt.tokenizer_directory", "/nowhere", "no /nowhere/tokenizer.json"),
+        ("data.corpus_path", "/nowhere.jsonl", "the corpus /nowhere.jsonl does not exist"),
+        ("data.weights", (0.5, 0.5), r"data.weights \(0.5, 0.5\) must be three weights"),
+        ("data.num_tasks_per_cell", 10**6, "num_per_cell=1000000, but .* ask for at most"),
+        ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['group', 'reference'\]"),
+        ("grpo.aggregation", "mean", r"grpo.aggregation 'mean' is not one of \["),
+        ("grpo.group_size", 1, "grpo.group_size 1 must be 2 or more"),
+        ("checkpoint_every", 0, "checkpoint_every 0 must be 1 or more"),
+        ("episode.max_tokens", 5000, "episode.max_tokens 5000 does not fit jax_engine.max_tokens 192"),
+        ("episode.max_turn_tokens", 5000, "episode.max_turn_tokens 5000 does not fit jax_engine.max_turn_tokens"),
+    ],
+)
+def test_a_mistake_in_the_config_is_one_sentence(path, value, told):
+    config = small_config()
+    *groups, name = path.split(".")
+    holder = config
+    for group in groups:
+        holder = getattr(holder, group)
+    setattr(holder, name, value)
+    with pytest.raises(ValueError, match=told):
+        build_components(config)
+
+
+def test_weights_take_the_place_of_the_preferences():
+    (preference,) = build_preferences((2.0, 1.0, 1.0))
+    assert preference.weights == {"outcome": 0.5, "cost_usd": 0.25, "latency_s": 0.25, "disallowed_calls": 0.0}
+    assert (preference.name, preference.text) == ("balanced", PREFERENCES["balanced"].text)
+    config = small_config()
+    config.data.weights = (0.0, 1.0, 0.0)
+    assert [each.weights["cost_usd"] for each in build_components(config).preferences] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, -0.1, 0.1), (math.nan, 1.0, 0.0), (math.inf, 1, 1)]
+)
+def test_what_is_no_preference_is_refused(weights):
+    with pytest.raises(ValueError, match="data.weights .* must be three weights"):
+        build_preferences(weights)
+
+
+def test_a_corpus_of_the_user_takes_the_place_of_the_built_one(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [{"id": "a", "title": "Ada", "text": "Ada wrote it."}, {"id": "b", "title": "Bob", "text": "Bob read it."}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def found(config, query):
+        search = next(tool for tool in build_components(config).environment.toolbox.tools if tool.name == "search")
+        return [document.document_id for document, _ in search._index.search(query, 3)]
+
+    config = small_config()
+    assert found(config, "ada") == [] and found(config, "capital of France") != []
+    config.data.corpus_path = str(path)
+    assert found(config, "ada") == ["a"] and found(config, "capital of France") == []
+
+
+def test_the_engine_is_the_one_that_is_named(monkeypatch):
+    made = []
+    monkeypatch.setitem(module.ENGINES, "scripted", lambda *arguments: made.append(arguments) or "the engine")
+    config = small_config()
+    config.engine = "scripted"
+    config.episode.max_tokens = 5000  # no size of the embedded engine binds another one
+    parts = build_components(config)
+    assert build_engine(config, parts, "params", 7) == "the engine"
+    assert made == [(config, parts, "params", 7)]
