@@ -28,9 +28,9 @@ class Lockstep:
     async def wait(self, number: int) -> None:
         """Returns when every episode that still runs waits."""
         assert number not in self._waiting, f"episode {number} waits already"
-        self._waiting[number] = asyncio.get_running_loop().create_future()
-        future = self._waiting[number]
-        self._let_go()
+        loop = asyncio.get_running_loop()
+        future = self._waiting[number] = loop.create_future()
+        loop.call_soon(self._let_go)  # not at once: a future that is done already would let this one go first
         await future
 
     def leave(self) -> None:

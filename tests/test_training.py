@@ -1,0 +1,336 @@
+"""The loop, run for real on a tiny model: repeatable, resumable, and what it leaves in the run directory.
+
+A warm start of 60 steps gives a policy that makes valid calls often enough for groups to differ in reward.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from orchestra_jax import training
+from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
+from orchestra_jax.checkpoints import Checkpointer
+from orchestra_jax.components import build_components
+from orchestra_jax.config import GrpoConfig, RunConfig
+from orchestra_jax.data.pipeline import make_training_iterator
+from orchestra_jax.grpo.batching import BatchShape
+from orchestra_jax.grpo.scoring import ScoredGroups
+from orchestra_jax.grpo.train_step import make_optimizer
+from orchestra_jax.metrics import MetricsWriter, check_metric_names
+from orchestra_jax.run_directory import read_json
+from orchestra_jax.seeds import derive_seed
+from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+QWEN3_DIRECTORY = pathlib.Path(
+    os.environ.get("ORCHESTRA_QWEN3_TOKENIZER", REPOSITORY.parent / "shared" / "data" / "qwen3_tokenizer")
+)
+NUM_STEPS = 2
+TIME_FIELDS = ("speed/", "sampler/tokens_per_s")
+
+
+def small_config():
+    config = RunConfig(model="tiny")
+    config.data.num_tasks_per_cell, config.data.num_test_tasks_per_cell = 6, 2
+    config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 60, 4, 4
+    config.warm_start.optimizer.learning_rate = 2e-2
+    engine = config.jax_engine
+    engine.num_rows, engine.prompts_per_prefill = 16, 8
+    engine.prefill_buckets, engine.turn_buckets, engine.row_buckets, engine.slot_buckets = (), (40,), (16,), ()
+    config.grpo.num_steps, config.grpo.num_groups, config.grpo.group_size = NUM_STEPS, 2, 4
+    config.grpo.groups_per_update, config.grpo.groups_per_micro_batch = 2, 2
+    config.grpo.completion_buckets, config.grpo.min_group_std = (), 0.0
+    config.grpo.entropy_coefficient = 0.01  # so that every step moves the weights, whatever its rewards are
+    config.evaluation.num_per_preference, config.evaluation.num_clairvoyant_draws = 8, 1
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_optimizer_a_config():
+    """Compiled steps are kept by the optimizer object: a new one for each run would compile them again."""
+    made = {}
+
+    def cached(config, num_steps):
+        key = (repr(config), num_steps)
+        if key not in made:
+            made[key] = make_optimizer(config, num_steps)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_optimizer", cached)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory and the summary of a run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    return path, training.run(small_config(), str(path))
+
+
+@pytest.fixture
+def warm(finished, tmp_path):
+    """A directory as a kill in the last step leaves it: the checkpoint of the warm start, metrics of all steps."""
+    path = tmp_path / "warm"
+    ignored = shutil.ignore_patterns(str(NUM_STEPS), "summary.json", "cost_accuracy.png")
+    shutil.copytree(finished[0], path, ignore=ignored)
+    assert sorted(entry.name for entry in (path / "checkpoints").iterdir()) == ["0"]
+    return path
+
+
+@pytest.fixture
+def unevaluated(monkeypatch):
+    """Evaluation is a stand-in: another test's matter."""
+    monkeypatch.setattr(training, "evaluate_run", lambda *_: {"policies": "a stand-in"})
+
+
+def read_metrics(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(path):
+    return [
+        {name: value for name, value in line.items() if not name.startswith(TIME_FIELDS)} for line in read_metrics(path)
+    ]
+
+
+def contents(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def last_state(path):
+    """The last checkpoint: step, arrays, and the ids of the batch that the data iterator comes to next."""
+    config = small_config()
+    parts = build_components(config)
+    batches = make_training_iterator(
+        parts.train_tasks, parts.preferences, config.world, config.grpo.num_groups, derive_seed(config.seed, "grpo")
+    )
+    with Checkpointer(path / "checkpoints", config.keep_checkpoints) as checkpointer:
+        progress = training.restore(config, parts, checkpointer, batches)
+    arrays = jax.device_get((progress.state, progress.reference_params))
+    return progress.step, arrays, [instance.instance_id for instance in next(batches)]
+
+
+def assert_same_run(path, other):
+    assert untimed(path) == untimed(other)
+    (step, arrays, ids), (other_step, other_arrays, other_ids) = last_state(path), last_state(other)
+    assert (step, ids) == (other_step, other_ids)
+    jax.tree.map(np.testing.assert_array_equal, arrays, other_arrays)
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C, pressed while the metrics of `step` are written."""
+    write = MetricsWriter.write
+
+    def write_and_press(self, at, values):
+        write(self, at, values)
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MetricsWriter, "write", write_and_press)
+
+
+def test_a_run_interrupted_after_a_step_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch, capsys):
+    """Two runs from one seed, one of them in two sessions: the same numbers, to the last bit."""
+    path, summary = finished
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step=0)
+        with pytest.raises(KeyboardInterrupt):
+            training.run(small_config(), str(tmp_path / "run"))
+    assert "interrupted: saving after this step" in capsys.readouterr().out
+    assert last_state(tmp_path / "run")[0] == 1
+    again = training.run(small_config(), str(tmp_path / "run"))
+    assert_same_run(path, tmp_path / "run")
+    same = ("seed", "commit", "policies", "comparisons", "obedience", "price_response")
+    assert {name: again[name] for name in same} == {name: summary[name] for name in same}
+    assert again["wall_s"] > 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_killed_before_its_save_does_the_steps_again(finished, warm, unevaluated):
+    training.run(small_config(), str(warm))
+    assert_same_run(finished[0], warm)
+
+
+def test_an_interrupt_during_the_last_save_loses_nothing(finished, warm, unevaluated, monkeypatch):
+    save = training.save
+
+    def press_and_save(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", press_and_save)
+        with pytest.raises(KeyboardInterrupt):
+            training.run(small_config(), str(warm))
+    assert_same_run(finished[0], warm)
+    monkeypatch.setattr(training, "run_groups", None)  # what is left is no step of training
+    assert training.run(small_config(), str(warm))["policies"] == "a stand-in"
+
+
+def test_a_step_without_a_kept_group_goes_on(warm, unevaluated, monkeypatch):
+    """Every rollout of the first step is ended by infrastructure, and one of each group of the second."""
+    run_groups, steps = training.run_groups, iter(range(NUM_STEPS))
+
+    def failing(*arguments):
+        groups, is_first = run_groups(*arguments), next(steps) == 0
+        return [
+            dataclasses.replace(
+                group,
+                trajectories=tuple(
+                    dataclasses.replace(each, status=EpisodeStatus.TOOL_FAILURE) if is_first or index == 0 else each
+                    for index, each in enumerate(group.trajectories)
+                ),
+            )
+            for group in groups
+        ]
+
+    monkeypatch.setattr(training, "run_groups", failing)
+    training.run(small_config(), str(warm))
+    first, second = read_metrics(warm)
+    assert (first["filter/failed_share"], first["filter/kept_groups_share"]) == (1.0, 0.0)
+    assert first["filter/reason/too_few_valid"] == 1.0 and "loss/total" not in first
+    assert (second["filter/failed_share"], second["filter/kept_groups_share"]) == (0.25, 1.0)
+    assert second["loss/num_rollouts"] == 6
+    step, (state, _), _ = last_state(warm)
+    assert (step, int(state.step)) == (NUM_STEPS, NUM_STEPS - 1)  # one optimizer step less
+
+
+def test_a_finished_run_is_not_run_again_and_another_config_is_refused(finished, monkeypatch, capsys):
+    path, summary = finished
+    before = contents(path)
+    monkeypatch.setattr(training, "warm_start", None)
+    monkeypatch.setattr(training, "improve", None)
+    assert training.run(small_config(), str(path)) == read_json(path / "summary.json") == json.loads(json.dumps(summary))
+    assert capsys.readouterr().out == f"{path} holds this run, finished\n"
+    other = small_config()
+    other.grpo.kl_coefficient = 0.5
+    with pytest.raises(ValueError, match="grpo.kl_coefficient is 0.2 there, 0.5 here"):
+        training.run(other, str(path))
+    assert contents(path) == before
+
+
+def test_a_mistake_in_the_config_claims_no_directory(tmp_path):
+    config = small_config()
+    config.engine = "no such engine"
+    with pytest.raises(ValueError, match="engine 'no such engine'"):
+        training.run(config, str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_leaves_behind(finished):
+    path, summary = finished
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith("events.out.tfevents.")}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "trajectories",
+        "sample_trajectories.txt",
+        "cost_accuracy.png",
+        "summary.json",
+    }
+    assert set(summary) >= {"seed", "commit", "wall_s", "peak_rss_bytes", "policies"}
+    assert (summary["seed"], read_json(path / "config.json")["model"]) == (0, "tiny") and summary["wall_s"] > 0
+    for name in ("trained", "warm_start", "optimal", "random"):
+        for entry in summary["policies"][name].values():
+            assert {"score", "utility", "accuracy", "cost_usd", "latency_s", "calls", "num_tasks"} <= set(entry)
+    saved = [json.loads(line) for line in (path / "trajectories" / "step_000000.jsonl").read_text().splitlines()]
+    assert [len(group["trajectories"]) for group in saved] == [4, 4]
+    versions = {version for group in saved for each in group["trajectories"] for version in each["policy_versions"]}
+    assert versions == {-1, 0}
+
+
+def test_metrics_are_listed_on_disk_and_in_tensorboard(finished):
+    path, _ = finished
+    lines = read_metrics(path)
+    assert [line.pop("step") for line in lines] == list(range(NUM_STEPS))
+    events = EventAccumulator(str(path)).Reload()
+    for step, line in enumerate(lines):
+        check_metric_names(line)
+        for name, value in line.items():
+            shown = {event.step: event.value for event in events.Scalars(name)}
+            assert shown[step] == pytest.approx(value, rel=1e-6), name
+
+
+def test_the_trainer_agrees_with_the_sampler_and_every_step_moves_the_weights(finished):
+    """The gap tells two programs, decode with a cache and the packed forward pass, apart: there is one update a step."""
+    path, _ = finished
+    first, second = read_metrics(path)
+    for line in (first, second):
+        assert 0 <= line["loss/sampler_gap_mean"] <= line["loss/sampler_gap_max"] < 1e-4
+        assert line["loss/ratio_mean"] == 1.0 and line["optimizer/gradient_norm"] > 0
+    assert abs(first["loss/kl_reference"]) < 1e-6 < second["loss/kl_reference"]
+    assert first["episode/status/answered"] > 0 and first["calls/per_rollout"] > 0.5  # real episodes, not noise
+
+
+def bare_group(name):
+    tokens, mask, zeros = np.array([1, 2, 3]), np.array([False, True, True]), np.zeros(3)
+    rollout = Trajectory(name, 0, tokens, mask, zeros, zeros, 1, (), (), EpisodeStatus.ANSWERED, "", {})
+    return TrajectoryGroup(name, {}, (rollout, rollout))
+
+
+def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
+    groups = [bare_group(str(number)) for number in range(7)]
+    kept = (0, 2, 3, 5, 6)
+    advantages_KG = np.array([[number, -number] for number in kept], float)
+    valid_PG, no_clip_KG = np.ones((7, 2), bool), np.zeros((5, 2), bool)
+    scored = ScoredGroups(np.zeros((7, 2)), valid_PG, kept, advantages_KG, no_clip_KG, {})
+    settings, shape = GrpoConfig(groups_per_update=2, group_size=2), BatchShape(2, 2, 4, (4,))
+    split = functools.partial(training.split_into_updates, groups, scored, settings, shape)
+    updates = split(seed=0)
+    assert [len(micro_batches) for micro_batches in updates] == [1, 1, 1]
+    rows = [batch.advantages_B[batch.loss_mask_BC.any(axis=1)].tolist() for (batch,) in updates]
+    assert sorted(len(row) // 2 for row in rows) == [1, 2, 2]
+    assert sorted(value for row in rows for value in row) == sorted(advantages_KG.ravel().tolist())
+    assert [batch.advantages_B.tolist() for (batch,) in split(seed=0)] == [b.advantages_B.tolist() for (b,) in updates]
+    assert any(not np.array_equal(a[0].advantages_B, b[0].advantages_B) for a, b in zip(updates, split(seed=1)))
+    nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {})
+    assert training.split_into_updates(groups, nothing, settings, shape, seed=0) == []
+
+
+def test_the_kl_coefficient_falls_linearly():
+    settings = GrpoConfig(num_steps=5, kl_coefficient=0.2, final_kl_coefficient=0.0)
+    falling = [training.kl_coefficient(settings, step) for step in range(5)]
+    assert falling == pytest.approx([0.2, 0.15, 0.1, 0.05, 0.0])
+    assert training.kl_coefficient(dataclasses.replace(settings, num_steps=1), 0) == 0.2
+
+
+def test_the_first_ctrl_c_is_a_flag_and_the_second_one_interrupts():
+    with pytest.raises(KeyboardInterrupt):
+        with training.interrupt_flag() as interrupt:
+            assert not interrupt.is_set
+            signal.raise_signal(signal.SIGINT)
+            assert interrupt.is_set
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", [SMALL_TOKENIZER_DIRECTORY, QWEN3_DIRECTORY], ids=["small", "qwen3"])
+def test_the_whole_template_runs_too(directory, tmp_path, unevaluated):
+    """Tools as JSON schemas and results in full: demonstrations, warm start, one step of GRPO."""
+    if not (directory / "tokenizer.json").is_file():
+        pytest.skip("no Qwen3 tokenizer: set ORCHESTRA_QWEN3_TOKENIZER to a directory that holds one")
+    config = small_config()
+    config.prompt.rendering, config.prompt.tokenizer_directory = "qwen3", str(directory)
+    config.episode.max_tokens = config.jax_engine.max_tokens = 4096
+    config.episode.max_turn_tokens = config.jax_engine.max_turn_tokens = 160
+    config.jax_engine.num_rows, config.jax_engine.row_buckets, config.jax_engine.turn_buckets = 8, (8,), (1024,)
+    config.jax_engine.prompts_per_prefill = 2
+    config.grpo.max_prompt_tokens, config.grpo.logprob_chunk = 2560, 256
+    config.grpo.completion_buckets = (1024,)
+    config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 2, 2, 2
+    config.grpo.num_steps = 1
+    training.run(config, str(tmp_path / "run"))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["loss/sampler_gap_max"] < 1e-4 and line["loss/num_rollouts"] == 8
+    assert line["episode/prompt_tokens"] > 400
