@@ -1,6 +1,6 @@
 """The loop, run for real on a tiny model: repeatable, resumable, and what it leaves in the run directory.
 
-A warm start of 60 steps gives a policy that makes valid calls often enough for groups to differ in reward.
+The short runs learn nothing: their policy babbles. One slow test has a warm start that is long enough for real episodes.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,7 +42,7 @@ TIME_FIELDS = ("speed/", "sampler/tokens_per_s")
 def small_config():
     config = RunConfig(model="tiny")
     config.data.num_tasks_per_cell, config.data.num_test_tasks_per_cell = 6, 2
-    config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 60, 4, 4
+    config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 2, 2, 4
     config.warm_start.optimizer.learning_rate = 2e-2
     engine = config.jax_engine
     engine.num_rows, engine.prompts_per_prefill = 16, 8
@@ -49,15 +50,20 @@ def small_config():
     config.grpo.num_steps, config.grpo.num_groups, config.grpo.group_size = NUM_STEPS, 2, 4
     config.grpo.groups_per_update, config.grpo.groups_per_micro_batch = 2, 2
     config.grpo.completion_buckets, config.grpo.min_group_std = (), 0.0
+    config.grpo.optimizer.warmup_steps = 0  # else the rate of the first step is 0
     config.grpo.entropy_coefficient = 0.01  # so that every step moves the weights, whatever its rewards are
     config.evaluation.num_per_preference, config.evaluation.num_clairvoyant_draws = 8, 1
     return config
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_optimizer_a_config():
-    """Compiled steps are kept by the optimizer object: a new one for each run would compile them again."""
-    made = {}
+def compiled_once():
+    """Runs of one process share what they compile.
+
+    Compiled steps are kept by the optimizer object, which each run makes anew, and by whether arrays are committed to
+    their device, as those of a restored checkpoint are.
+    """
+    made, restore = {}, training.restore
 
     def cached(config, num_steps):
         key = (repr(config), num_steps)
@@ -65,8 +71,16 @@ def one_optimizer_a_config():
             made[key] = make_optimizer(config, num_steps)
         return made[key]
 
+    def restore_uncommitted(*arguments):
+        progress = restore(*arguments)
+        if progress is not None:
+            arrays = jax.device_get((progress.state, progress.reference_params))
+            progress.state, progress.reference_params = jax.tree.map(jnp.asarray, arrays)
+        return progress
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_optimizer", cached)
+        patch.setattr(training, "restore", restore_uncommitted)
         yield
 
 
@@ -209,7 +223,8 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(finished,
     before = contents(path)
     monkeypatch.setattr(training, "warm_start", None)
     monkeypatch.setattr(training, "improve", None)
-    assert training.run(small_config(), str(path)) == read_json(path / "summary.json") == json.loads(json.dumps(summary))
+    again = training.run(small_config(), str(path))
+    assert again == read_json(path / "summary.json") == json.loads(json.dumps(summary))
     assert capsys.readouterr().out == f"{path} holds this run, finished\n"
     other = small_config()
     other.grpo.kl_coefficient = 0.5
@@ -262,14 +277,28 @@ def test_metrics_are_listed_on_disk_and_in_tensorboard(finished):
 
 
 def test_the_trainer_agrees_with_the_sampler_and_every_step_moves_the_weights(finished):
-    """The gap tells two programs, decode with a cache and the packed forward pass, apart: there is one update a step."""
+    """One update a step, so the gap is between two programs alone: decoding with a cache, and the packed pass."""
     path, _ = finished
     first, second = read_metrics(path)
     for line in (first, second):
         assert 0 <= line["loss/sampler_gap_mean"] <= line["loss/sampler_gap_max"] < 1e-4
         assert line["loss/ratio_mean"] == 1.0 and line["optimizer/gradient_norm"] > 0
     assert abs(first["loss/kl_reference"]) < 1e-6 < second["loss/kl_reference"]
-    assert first["episode/status/answered"] > 0 and first["calls/per_rollout"] > 0.5  # real episodes, not noise
+
+
+@pytest.mark.slow
+def test_real_episodes_with_programs_and_rewards_are_repeated_too(tmp_path):
+    """How long a program runs in the sandbox is the one thing in a run that has a clock."""
+    config = small_config()
+    config.warm_start.num_steps, config.warm_start.num_groups = 120, 4
+    config.grpo.num_groups, config.grpo.num_steps, config.grpo.optimizer.learning_rate = 8, 3, 1e-3
+    config.jax_engine.num_rows, config.jax_engine.row_buckets = 32, (4, 16)
+    summaries = [training.run(config, str(tmp_path / name)) for name in ("one", "two")]
+    assert untimed(tmp_path / "one") == untimed(tmp_path / "two")
+    assert summaries[0]["policies"] == summaries[1]["policies"]
+    for line in read_metrics(tmp_path / "one"):
+        assert line["episode/status/answered"] > 0.2 and line["calls/per_rollout"] > 1
+        assert line["advantage/std"] > 0.1 and line["loss/sampler_gap_mean"] < 1e-2
 
 
 def bare_group(name):
