@@ -1,6 +1,6 @@
 """The loop, run for real on a tiny model: repeatable, resumable, and what it leaves in the run directory.
 
-The short runs learn nothing: their policy babbles. One slow test has a warm start that is long enough for real episodes.
+The short runs learn nothing: their policy babbles. A slow test has a warm start long enough for real episodes.
 """
 
 import dataclasses
@@ -290,15 +290,15 @@ def test_the_trainer_agrees_with_the_sampler_and_every_step_moves_the_weights(fi
 def test_real_episodes_with_programs_and_rewards_are_repeated_too(tmp_path):
     """How long a program runs in the sandbox is the one thing in a run that has a clock."""
     config = small_config()
-    config.warm_start.num_steps, config.warm_start.num_groups = 120, 4
-    config.grpo.num_groups, config.grpo.num_steps, config.grpo.optimizer.learning_rate = 8, 3, 1e-3
+    config.warm_start.num_steps, config.warm_start.num_groups = 100, 4
+    config.grpo.num_groups, config.grpo.num_steps, config.grpo.groups_per_update = 8, 3, 8
     config.jax_engine.num_rows, config.jax_engine.row_buckets = 32, (4, 16)
     summaries = [training.run(config, str(tmp_path / name)) for name in ("one", "two")]
     assert untimed(tmp_path / "one") == untimed(tmp_path / "two")
     assert summaries[0]["policies"] == summaries[1]["policies"]
     for line in read_metrics(tmp_path / "one"):
         assert line["episode/status/answered"] > 0.2 and line["calls/per_rollout"] > 1
-        assert line["advantage/std"] > 0.1 and line["loss/sampler_gap_mean"] < 1e-2
+        assert line["advantage/std"] > 0.1 and line["loss/sampler_gap_max"] < 1e-4
 
 
 def bare_group(name):
@@ -344,22 +344,26 @@ def test_the_first_ctrl_c_is_a_flag_and_the_second_one_interrupts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("directory", [SMALL_TOKENIZER_DIRECTORY, QWEN3_DIRECTORY], ids=["small", "qwen3"])
-def test_the_whole_template_runs_too(directory, tmp_path, unevaluated):
+@pytest.mark.parametrize(
+    ("directory", "max_prompt_tokens"),
+    [(SMALL_TOKENIZER_DIRECTORY, 1408), (QWEN3_DIRECTORY, 704)],
+    ids=["small", "qwen3"],
+)
+def test_the_whole_template_runs_too(directory, max_prompt_tokens, tmp_path, unevaluated):
     """Tools as JSON schemas and results in full: demonstrations, warm start, one step of GRPO."""
     if not (directory / "tokenizer.json").is_file():
         pytest.skip("no Qwen3 tokenizer: set ORCHESTRA_QWEN3_TOKENIZER to a directory that holds one")
     config = small_config()
     config.prompt.rendering, config.prompt.tokenizer_directory = "qwen3", str(directory)
-    config.episode.max_tokens = config.jax_engine.max_tokens = 4096
-    config.episode.max_turn_tokens = config.jax_engine.max_turn_tokens = 160
-    config.jax_engine.num_rows, config.jax_engine.row_buckets, config.jax_engine.turn_buckets = 8, (8,), (1024,)
+    config.episode.max_tokens = config.jax_engine.max_tokens = max_prompt_tokens + 512
+    config.episode.max_turn_tokens = config.jax_engine.max_turn_tokens = 120
+    config.jax_engine.num_rows, config.jax_engine.row_buckets, config.jax_engine.turn_buckets = 4, (4,), (256,)
     config.jax_engine.prompts_per_prefill = 2
-    config.grpo.max_prompt_tokens, config.grpo.logprob_chunk = 2560, 256
-    config.grpo.completion_buckets = (1024,)
-    config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 2, 2, 2
-    config.grpo.num_steps = 1
+    config.grpo.max_prompt_tokens, config.grpo.logprob_chunk = max_prompt_tokens, 256
+    config.grpo.completion_buckets = (512,)
+    config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 1, 2, 2
+    config.grpo.num_steps, config.grpo.group_size = 1, 2
     training.run(config, str(tmp_path / "run"))
     (line,) = read_metrics(tmp_path / "run")
-    assert line["loss/sampler_gap_max"] < 1e-4 and line["loss/num_rollouts"] == 8
+    assert line["loss/sampler_gap_max"] < 1e-4 and line["loss/num_rollouts"] == 4
     assert line["episode/prompt_tokens"] > 400

@@ -234,7 +234,7 @@ def test_clairvoyance_is_worth_something_and_never_costs():
 
 
 def test_counts_and_sums_of_the_statistics():
-    config = WorldConfig()
+    config = WorldConfig(max_calls=3)
     instances = draw_instances(config, num_draws=8)
     for policy in (optimal_policy, random_policy):
         statistics = dict(zip(STATISTICS, evaluate(make_charges(instances, config), policy)[0].T))

@@ -106,7 +106,9 @@ def test_the_optimum_when_played_averages_to_the_optimum(components, instances, 
     for column, name in enumerate(STATISTICS):
         difference = played_RIS[..., column].mean() - optimum_IS[:, column].mean()
         error = standard_error(played_RIS[..., column].T)
-        assert abs(difference) <= 4 * error + 1e-12, (name, difference, error)
+        # A rare branch that no rollout took leaves no variance: one episode is the finest that can be told.
+        resolution = played_RIS[..., column].max() / len(trajectories)
+        assert abs(difference) <= 4 * error + resolution, (name, difference, error)
     assert 0.001 < played_RIS[..., 0].std(axis=0).mean() < 0.2  # what the evidence draws leave of chance
 
 
