@@ -11,7 +11,6 @@ from orchestra_jax.config import RunConfig
 
 def get_config() -> RunConfig:
     config = quickstart.get_config()
-    config.grpo.num_steps = 2000
-    config.grpo.optimizer.learning_rate = 6e-4
+    config.grpo.num_steps = 3000
     config.checkpoint_every = 200
     return config

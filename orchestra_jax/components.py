@@ -23,6 +23,7 @@ from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.grpo.loss import AGGREGATIONS
 from orchestra_jax.models.config import MODELS, ModelConfig
+from orchestra_jax.optimizers import OPTIMIZERS
 from orchestra_jax.rewards.preference import RANGE_RULES, Objective
 from orchestra_jax.tools.local_search import LocalSearch
 from orchestra_jax.tools.python_sandbox import PythonSandbox
@@ -65,6 +66,8 @@ def check_config(config: RunConfig) -> None:
         "engine": (config.engine, ENGINES),
         "grpo.range_rule": (config.grpo.range_rule, RANGE_RULES),
         "grpo.aggregation": (config.grpo.aggregation, AGGREGATIONS),
+        "warm_start.optimizer.name": (config.warm_start.optimizer.name, OPTIMIZERS),
+        "grpo.optimizer.name": (config.grpo.optimizer.name, OPTIMIZERS),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -10,7 +10,7 @@ import dataclasses
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.generation.jax_engine import JaxEngineConfig
-from orchestra_jax.grpo.train_step import OptimizerConfig
+from orchestra_jax.optimizers import OptimizerConfig
 
 
 @dataclasses.dataclass
@@ -46,16 +46,16 @@ class WarmStartConfig:
     num_steps: int = 200
     num_groups: int = 16
     group_size: int = 4
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3))
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-3))
 
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 280
-    num_groups: int = 32  # instances a step
-    group_size: int = 8  # rollouts of each
-    groups_per_update: int = 8  # an optimizer step for each so many kept groups of the step's rollouts
-    groups_per_micro_batch: int = 2  # gradients are summed over micro-batches of this size
+    num_steps: int = 400
+    num_groups: int = 64  # instances a step
+    group_size: int = 4  # rollouts of each
+    groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts
+    groups_per_micro_batch: int = 4  # gradients are summed over micro-batches of this size
     max_prompt_tokens: int = 80
     completion_buckets: tuple[int, ...] = (48, 80)  # padded lengths; one for episode.max_tokens is added
     num_updates: int = 1  # optimizer steps on the same groups
@@ -68,7 +68,7 @@ class GrpoConfig:
     dual_clip: float = 10.0
     correction_clip: float = 2.0
     kl_coefficient: float = 0.2  # to the warm start; falls linearly to the final one
-    final_kl_coefficient: float = 0.02
+    final_kl_coefficient: float = 0.1
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
     logprob_chunk: int = 256

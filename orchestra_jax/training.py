@@ -27,9 +27,10 @@ from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
 from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
-from orchestra_jax.grpo.train_step import LossSettings, TrainState, init_state, make_optimizer, train_step
+from orchestra_jax.grpo.train_step import LossSettings, TrainState, init_state, train_step
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.models.transformer import init_params
+from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.rollout_metrics import rollout_metrics
 from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
 from orchestra_jax.seeds import derive_seed

@@ -50,6 +50,7 @@ def test_the_parts_follow_the_config():
         ("data.num_tasks_per_cell", 10**6, "num_per_cell=1000000, but .* ask for at most"),
         ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['group', 'reference'\]"),
         ("grpo.aggregation", "mean", r"grpo.aggregation 'mean' is not one of \["),
+        ("grpo.optimizer.name", "sgd", r"grpo.optimizer.name 'sgd' is not one of \['adamw', 'muon'\]"),
         ("grpo.group_size", 1, "grpo.group_size 1 must be 2 or more"),
         ("checkpoint_every", 0, "checkpoint_every 0 must be 1 or more"),
         ("episode.max_tokens", 5000, "episode.max_tokens 5000 does not fit jax_engine.max_tokens 192"),

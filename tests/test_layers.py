@@ -21,6 +21,7 @@ ROWS = (
     ("types", "seeds"),
     (
         "sharding",
+        "optimizers",
         "chat",
         "metrics",
         "run_directory",

@@ -18,11 +18,11 @@ WORDS = [
     *("outcome", "cheap", "fast", "balanced", "local"),
 ]
 UNITS = [
-    *(prefix + alias for prefix in ("", " ", "\n") for alias in ALIASES),
+    *ALIASES,
     *(f" ${price}" for price in ("0.2", "1", "5", "15", "25")),
-    *(f" {latency}s" for latency in (2, 10, 25, 60, 90)),
+    *(f" {latency}s " for latency in (2, 10, 25, 60, 90)),
     *(prefix + word for prefix in ("", " ") for word in WORDS),
-    " remote",
+    *("remote", " remote", "offers"),
     '\n{"name": "search", "arguments": {"model": "',
     '\n{"name": "enhance_reasoning", "arguments": {"model": "',
     '\n{"name": "answer", "arguments": {"model": "',
@@ -50,17 +50,23 @@ def test_unit_is_one_token_wherever_it_stands(chat, unit):
 
 
 def test_units_in_a_row_stay_apart(chat):
-    line = "\nexpert-4 $0.2 25s local\nexpert-1 $15 2s remote\n\n"
+    line = "\nlocal $0.2 25s expert-4\nremote $15 2s expert-1\n\n"
     assert [chat.content_encoder.decode([token]) for token in encode(chat, line)] == [
-        *("\nexpert-4", " $0.2", " 25s", " local", "\nexpert-1", " $15", " 2s", " remote", "\n\n")
+        *("\n", "local", " $0.2", " 25s ", "expert-4", "\n", "remote", " $15", " 2s ", "expert-1", "\n\n")
     ]
+
+
+def test_an_alias_is_the_same_token_in_the_table_in_a_thought_and_in_a_call(chat):
+    (alias,) = encode(chat, "expert-4")
+    for text in ("\nlocal $0.2 25s expert-4\n", "offers $5 2s expert-4 $15", '{"model": "expert-4"}'):
+        assert encode(chat, text).count(alias) == 1, text
 
 
 @pytest.mark.parametrize("text", ["smallest", "breakfast", "locally", "expert-12", "superuser\n", " 12s", " 25sec"])
 def test_part_of_a_longer_word_is_no_unit(chat, text):
     pieces = [chat.content_encoder.decode([token]) for token in encode(chat, text)]
     assert "".join(pieces) == text
-    assert not set(pieces) & {"small", "fast", "local", "expert-1", "user\n", " 2s", " 25s"}
+    assert not set(pieces) & {"small", "fast", "local", "expert-1", "user\n", " 2s ", " 25s "}
 
 
 def test_numbers_are_single_digits(chat):

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import OptimizerConfig, batch_logprobs, init_state, make_optimizer
+from orchestra_jax.grpo.train_step import batch_logprobs, init_state
 from orchestra_jax.models import transformer
 from orchestra_jax.models.config import MODELS
+from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
 from orchestra_jax.supervised import supervised_step
 
 TINY = MODELS["tiny"]

@@ -25,8 +25,8 @@ from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.pipeline import make_training_iterator
 from orchestra_jax.grpo.batching import BatchShape
 from orchestra_jax.grpo.scoring import ScoredGroups
-from orchestra_jax.grpo.train_step import make_optimizer
 from orchestra_jax.metrics import MetricsWriter, check_metric_names
+from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.run_directory import read_json
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup

@@ -16,7 +16,7 @@ from orchestra_jax.rewards.preference import Objective
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.tool import Evidence
 from orchestra_jax.tools.toolbox import Toolbox
-from orchestra_jax.types import CallRecord, Message, ToolCall
+from orchestra_jax.types import CallRecord, CallStatus, Message, ToolCall
 
 SYSTEM_TEXT = (
     "You are an orchestrator. You do not answer yourself: you call tools, each done by an expert that you choose, "
@@ -35,9 +35,12 @@ def reference_objectives(reference_cost_usd: float, reference_latency_s: float) 
 
 
 def render_offer(offer: Offer) -> str:
-    """One expert in one line: alias, place, price per million tokens, seconds per answer."""
+    """One expert in one line: place, price per million tokens, seconds per answer, alias.
+
+    The alias stands last, so that a causal model knows the other three where it reads it.
+    """
     place = "local" if offer.is_local else "remote"
-    return f"{offer.alias} {place} ${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s"
+    return f"{place} ${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}"
 
 
 def render_user_text(instance: Instance, has_table: bool) -> str:
@@ -66,13 +69,12 @@ def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
 def restate(instance: Instance) -> str:
     """The thinking of a demonstration: what the prompt says and never what to choose.
 
-    The experts on offer, price and latency before the alias, so that a causal model knows all three where it reads the
-    alias; then family, kind and preference, next to the call that they bear on.
+    The experts on offer as in the table; then family, kind and preference, next to the call that they bear on.
     """
     experts = [
         f"${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}" for offer in instance.offers
     ]
-    return " ".join([*experts, instance.task.family, instance.task.kind, instance.preference.name])
+    return " ".join(["offers", *experts, instance.task.family, instance.task.kind, instance.preference.name])
 
 
 class QuestionAnswering:
@@ -98,7 +100,8 @@ class QuestionAnswering:
     def objectives(
         self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals
     ) -> dict[str, float]:
-        disallowed = sum(is_disallowed(instance, record.call) for record in calls)
+        # A call that was refused used nobody.
+        disallowed = sum(is_disallowed(instance, each.call) for each in calls if each.status == CallStatus.OK)
         values = {
             "outcome": 0.0 if answer is None else score_answer(instance.task, answer),
             "cost_usd": totals.cost_usd,

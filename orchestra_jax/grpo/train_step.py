@@ -31,19 +31,6 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32: optimizer steps taken
 
 
-@dataclasses.dataclass
-class OptimizerConfig:
-    """AdamW with a linear warm-up and a linear decay to `final_share` of the rate over `num_steps`."""
-
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10
-    final_share: float = 0.1
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_gradient_norm: float = 1.0
-
-
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
     """Static settings of the GRPO loss; hashable, so that jit takes them as constants."""
@@ -55,23 +42,6 @@ class LossSettings:
     entropy_coefficient: float
     aggregation: str
     logprob_chunk: int
-
-
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """`num_steps`: optimizer steps of the whole run, over which the rate decays."""
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-            optax.linear_schedule(
-                config.learning_rate, config.learning_rate * config.final_share, max(num_steps - config.warmup_steps, 1)
-            ),
-        ],
-        [config.warmup_steps],
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_gradient_norm),
-        optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
-    )
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import re
 import sys
 import types
@@ -80,7 +81,9 @@ def _bm25s() -> types.ModuleType:
     jax = sys.modules.get("jax")
     sys.modules["jax"] = None
     try:
-        return importlib.import_module("bm25s")
+        module = importlib.import_module("bm25s")
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
+        return module
     finally:
         del sys.modules["jax"]
         if jax is not None:

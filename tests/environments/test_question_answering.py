@@ -51,8 +51,8 @@ def test_the_compact_prompt_says_question_preference_and_every_expert_but_no_mod
     assert message.content.splitlines() == [
         "Which river?",
         "Use local experts only.",
-        "expert-2 remote $15 2s",
-        "expert-3 local $0.2 60s",
+        "remote $15 2s expert-2",
+        "local $0.2 60s expert-3",
     ]
 
 
@@ -64,7 +64,7 @@ def test_the_full_prompt_says_it_in_schemas_restricted_to_the_offer():
     for tool in tool_schemas(TOOLBOX, instance()):
         model = tool["function"]["parameters"]["properties"]["model"]
         assert model["enum"] == ["expert-2", "expert-3"]
-        assert "expert-3 local $0.2 60s" in model["description"] and "expert-4" not in model["description"]
+        assert "local $0.2 60s expert-3" in model["description"] and "expert-4" not in model["description"]
     text = json.dumps(tools)
     assert not any(offer.model in text for offer in OFFERS)  # an alias stands for its model
 
@@ -104,6 +104,11 @@ def test_objectives_are_the_outcome_the_totals_and_the_counts():
     assert (
         QuestionAnswering(TOOLBOX, 3, True).objectives(instance(FAST), calls, "Po", totals())["disallowed_calls"] == 0.0
     )
+
+
+def test_a_refused_call_used_nobody():
+    calls = [record("search", "expert-2", CallStatus.REFUSED), record("answer", "expert-3")]
+    assert QuestionAnswering(TOOLBOX, 3, True).objectives(instance(), calls, "Po", totals())["disallowed_calls"] == 0.0
 
 
 def test_what_is_disallowed():

@@ -1,0 +1,52 @@
+"""The optimizers: the schedule, and what Muon does to a weight matrix and leaves to Adam."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orchestra_jax.models.config import MODELS
+from orchestra_jax.models.transformer import init_params
+from orchestra_jax.optimizers import MUON_AXES, OPTIMIZERS, OptimizerConfig, learning_rate_schedule, make_optimizer
+
+
+def test_the_rate_rises_from_its_first_step_on_and_falls_to_its_final_share():
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=2, final_share=0.1), num_steps=4)
+    np.testing.assert_allclose([schedule(step) for step in range(6)], [0.05, 0.1, 0.055, 0.01, 0.01, 0.01], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_as_large_as_the_rate_says(name):
+    params = init_params(MODELS["tiny"], jax.random.key(0))
+    gradients = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) * 1e3, params)
+    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0), num_steps=10)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        root_mean_square = float(jnp.sqrt(jnp.mean(update**2)))
+        is_matrix = name == "muon" and path[-1].key in MUON_AXES
+        # An orthogonal [m, n] matrix has root mean square 1 / sqrt(max(m, n)), which the scale undoes.
+        low, high = (0.12, 0.25) if is_matrix else (0.9, 1.6)  # above 1: the Adam in Muon looks ahead (Nesterov)
+        assert 0.1 * low < root_mean_square < 0.1 * high, path
+
+
+def test_muon_moves_every_direction_of_a_matrix_alike():
+    params = init_params(MODELS["tiny"], jax.random.key(0))
+    optimizer = make_optimizer(OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0), num_steps=10)
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    left, right = (jax.random.normal(jax.random.key(key), (3, size, 2)) for key, size in ((0, 20), (1, 28)))
+    strengths = jnp.array([1.0, 0.05])  # two directions, one with a twentieth of the other's gradient
+    gradients["layers"]["feed_forward"]["gate"] = jnp.einsum("ldr,lfr,r->ldf", left, right, strengths)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    singular = np.linalg.svd(updates["layers"]["feed_forward"]["gate"], compute_uv=False)[:, :2]
+    assert (singular[:, 1] / singular[:, 0] > 0.4).all(), singular
+
+
+def test_every_weight_matrix_of_a_layer_is_named():
+    layers = init_params(MODELS["tiny"], jax.random.key(0))["layers"]
+    names = {path[-1].key for path, leaf in jax.tree_util.tree_leaves_with_path(layers) if leaf.ndim > 2}
+    assert names == set(MUON_AXES)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="'sgd' is not one of"):
+        make_optimizer(OptimizerConfig(name="sgd"), num_steps=4)
