@@ -47,8 +47,9 @@ class RuleEngine(ScriptedEngine):
         self._chat, self._rule, self._temperatures = chat, rule, temperatures
 
     def _turn(self, session_id, turn, prompt_tokens):
-        lines = [line.split() for line in chat_format.decode(self._chat, prompt_tokens).splitlines()]
-        offers = [(line[0], float(line[2][1:])) for line in lines if line and line[0].startswith("expert-")]
+        text = chat_format.decode(self._chat, prompt_tokens).replace("<|im_end|>", "\n")
+        lines = [line.split() for line in text.splitlines()]
+        offers = [(line[3], float(line[1][1:])) for line in lines if line and line[0] in ("local", "remote")]
         return chat_format.encode_turn(self._chat, "", [ToolCall("answer", {"model": self._rule(offers)})])
 
     async def generate(self, prompt_tokens, sampling, **names):
