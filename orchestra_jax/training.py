@@ -142,14 +142,7 @@ def improve(
             )  # fmt: skip
             updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
-            losses = []
-            for micro_batches in updates:
-                progress.state, some = train_step(
-                    progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
-                    kl_coefficient(settings, step), config=parts.model_config, settings=loss_settings(settings),
-                    optimizer=optimizer, num_updates=settings.num_updates,
-                )  # fmt: skip
-                losses.append(some)
+            losses = take_optimizer_steps(config, parts, progress, updates, optimizer)
             asyncio.run(engine.update_weights(progress.state.params, step + 1))
             progress.step = step + 1
             clock.append(time.monotonic())
@@ -166,6 +159,21 @@ def improve(
         if interrupt.is_set:
             raise KeyboardInterrupt
     return progress
+
+
+def take_optimizer_steps(
+    config: RunConfig, parts: Components, progress: Progress, updates: list[list[MicroBatch]], optimizer
+) -> list[dict[str, float]]:
+    """Moves `progress.state` by one `train_step` for each update of a training step; returns their metrics."""
+    settings, losses = config.grpo, []
+    for micro_batches in updates:
+        progress.state, some = train_step(
+            progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
+            kl_coefficient(settings, progress.step), config=parts.model_config, settings=loss_settings(settings),
+            optimizer=optimizer, num_updates=settings.num_updates,
+        )  # fmt: skip
+        losses.append(some)
+    return losses
 
 
 def split_into_updates(

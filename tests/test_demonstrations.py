@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from orchestra_jax import chat as chat_format
-from orchestra_jax.components import build_components
-from orchestra_jax.config import DataConfig, RunConfig
+from orchestra_jax.config import RunConfig
 from orchestra_jax.data.pipeline import evaluation_instances
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.data.questions import build_tasks
@@ -16,16 +15,10 @@ from orchestra_jax.environments.question_answering import restate
 from orchestra_jax.experts.catalog import ROLES
 from orchestra_jax.types import CallStatus, EpisodeStatus
 
-CONFIG = RunConfig(data=DataConfig(num_tasks_per_cell=10, num_test_tasks_per_cell=4))
+CONFIG = RunConfig()
 GROUP_SIZE = 8
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 110, 75
-
-
-@pytest.fixture(scope="module")
-def components():
-    made = build_components(CONFIG)
-    yield made
-    made.sandbox.close()
+# A packed prompt lacks its last token, which opens the completions.
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = CONFIG.grpo.max_prompt_tokens + 1, 75
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def small_config():
     config.grpo.num_steps, config.grpo.num_groups, config.grpo.group_size = NUM_STEPS, 2, 4
     config.grpo.groups_per_update, config.grpo.groups_per_micro_batch = 2, 2
     config.grpo.completion_buckets, config.grpo.min_group_std = (), 0.0
-    config.grpo.optimizer.warmup_steps = 0  # else the rate of the first step is 0
+    config.grpo.optimizer.warmup_steps = 0  # two steps: at the full rate from the first one on
     config.grpo.entropy_coefficient = 0.01  # so that every step moves the weights, whatever its rewards are
     config.evaluation.num_per_preference, config.evaluation.num_clairvoyant_draws = 8, 1
     return config

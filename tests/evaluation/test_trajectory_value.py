@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from orchestra_jax import chat as chat_format
-from orchestra_jax.components import build_components
-from orchestra_jax.config import DataConfig, RunConfig
 from orchestra_jax.data.pipeline import evaluation_instances
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.demonstrations import demonstrate
@@ -23,30 +21,24 @@ from orchestra_jax.evaluation.oracle import (
 )
 from orchestra_jax.evaluation.trajectory_value import expected_statistics
 from orchestra_jax.experts.catalog import EXPERTS
+from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
 from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, ToolCall, Trajectory
 
-CONFIG = RunConfig(data=DataConfig(num_tasks_per_cell=8, num_test_tasks_per_cell=8))
+WORLD = WorldConfig()
 NUM_ROLLOUTS = 10
 FOUND = ("documents found", "program printed")
 
 
 @pytest.fixture(scope="module")
-def components():
-    made = build_components(CONFIG)
-    yield made
-    made.sandbox.close()
-
-
-@pytest.fixture(scope="module")
 def instances(components):
-    return evaluation_instances(components.test_tasks, list(PREFERENCES.values()), CONFIG.world, 40, seed=0)
+    return evaluation_instances(components.test_tasks, list(PREFERENCES.values()), WORLD, 40, seed=0)
 
 
 @pytest.fixture(scope="module")
 def charges(instances):
-    return make_charges(instances, CONFIG.world)
+    return make_charges(instances, WORLD)
 
 
 def standard_error(values_IR):
@@ -115,12 +107,11 @@ def test_the_optimum_when_played_averages_to_the_optimum(components, instances, 
 def test_money_and_time_are_the_ledgers_but_for_the_nominal_turns(components, instances, charges):
     groups = demonstrate(instances, 1, components.environment, components.chat, components.rollout, seed=3)
     trajectories = [group.trajectories[0] for group in groups]
-    world = CONFIG.world
     for trajectory, row_S in zip(trajectories, expected_statistics(charges, trajectories)):
         statistics = dict(zip(STATISTICS, row_S))
         own = [receipt for receipt in trajectory.receipts if receipt.tool == "orchestrator"]
         excess_tokens = sum(170 - receipt.input_tokens - receipt.output_tokens for receipt in own)
-        excess_s = sum(20 - receipt.output_tokens for receipt in own) / world.orchestrator_tokens_per_s
+        excess_s = sum(20 - receipt.output_tokens for receipt in own) / WORLD.orchestrator_tokens_per_s
         usd = trajectory.objectives["cost_usd"] + excess_tokens * 0.2e-6
         assert statistics["cost_usd"] == pytest.approx(usd, abs=1e-12)
         assert statistics["latency_s"] == pytest.approx(trajectory.objectives["latency_s"] + excess_s, abs=1e-9)
