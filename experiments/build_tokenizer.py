@@ -28,25 +28,27 @@ MIN_FREQUENCY = 10  # keeps the names in a question from merging with its phrase
 
 ALIASES = [expert.alias for expert in EXPERTS]
 SKELETONS = [f'\n{{"name": "{role}", "arguments": {{"model": "' for role in ROLES] + ['"}}\n']
-LATENCIES = ["2s", "10s", "25s", "60s", "90s"]
-WORDS = [*PREFERENCES, "remote", "offers", *FAMILIES, *dict.fromkeys(itertools.chain(*FAMILIES.values()))]
+PRICES = ["0.2", "1", "5", "15", "25"]
+LATENCIES = ["2", "10", "25", "60", "90"]
+WORDS = [*PREFERENCES, "remote", "price", "time", *FAMILIES, *dict.fromkeys(itertools.chain(*FAMILIES.values()))]
+OBSERVATIONS = ["documents found", "no documents", "program printed", "program failed", "no output"]
 
-UNITS = [*SKELETONS, "user\n", "assistant\n", "system\n", "\n\n", " $0.2", " $1", " $5", " $15", " $25"]
-# An alias is one token wherever it stands: in the table, in a thought, in a call. So the space before it belongs to the
-# latency. As three tokens (bare, behind a space, behind a line break) it had to be learned three times (docs/log.md).
-UNITS += [f" {latency} " for latency in LATENCIES]
-UNITS += ALIASES
+UNITS = [*SKELETONS, "user\n", "assistant\n", "system\n", "\n\n", *ALIASES, *OBSERVATIONS]
+# An alias is one token wherever it stands: in the prompt, in a thought, in a call. So the spaces around it belong to
+# its neighbours. As three tokens (bare, behind a space, behind a line break) it had to be learned three times
+# (docs/log.md).
+UNITS += [f" ${price} " for price in PRICES] + [f" {latency}s " for latency in LATENCIES]
 UNITS += [prefix + word for prefix in ("", " ") for word in WORDS]
 PATTERN = "|".join(map(re.escape, SKELETONS))
-PATTERN += rf"|\b(?:user|assistant|system)\n|\b(?:{'|'.join(ALIASES)})\b| \$[0-9]+(?:\.[0-9]+)?"
-PATTERN += rf"| (?:{'|'.join(LATENCIES)}) | ?\b(?:{'|'.join(WORDS)})\b|[0-9]|\n\n?"
-OBSERVATIONS = ["documents found", "no documents", "program printed", "program failed"]
+PATTERN += rf"|\b(?:user|assistant|system)\n|\b(?:{'|'.join(ALIASES)})\b|\b(?:{'|'.join(OBSERVATIONS)})\b"
+PATTERN += rf"| \$(?:{'|'.join(map(re.escape, PRICES))}) | (?:{'|'.join(LATENCIES)})s "
+PATTERN += rf"| ?\b(?:{'|'.join(WORDS)})\b|[0-9]|\n\n?"
 
 
 def sample_texts() -> list[str]:
-    """What the policy reads besides units: questions, and preferences and observations as often as questions."""
+    """What the policy reads besides units: questions, and preferences as often as questions."""
     questions = [task.question for task in build_tasks("train", NUM_PER_CELL, seed=0)]
-    fixed = [preference.text for preference in PREFERENCES.values()] + OBSERVATIONS
+    fixed = [preference.text for preference in PREFERENCES.values()]
     return questions + fixed * (len(questions) // len(fixed))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import RunConfig
@@ -18,6 +19,8 @@ from orchestra_jax.data.records import Preference, Task
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search
+from orchestra_jax.experts.endpoint import load_endpoints
+from orchestra_jax.experts.expert import Expert
 from orchestra_jax.experts.simulated import SimulatedExperts
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
@@ -94,18 +97,27 @@ def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
     return (dataclasses.replace(PREFERENCES["balanced"], weights=named),)
 
 
+def build_experts(config: RunConfig) -> Callable[[str], Expert]:
+    """The expert that stands behind each model of the catalog."""
+    simulated = SimulatedExperts(config.world)
+    path = config.experts.endpoints_path
+    endpoints: dict[str, Expert] = dict(load_endpoints(path)) if path else {}
+    return lambda model: endpoints.get(model, simulated)
+
+
 def build_components(config: RunConfig) -> Components:
-    """ValueError for what `check_config` refuses, and a rendering, tokenizer directory or corpus that is not there."""
+    """ValueError for what `check_config` refuses, a rendering, tokenizer directory or corpus that is not there, and endpoints that
+    cannot be had."""
     check_config(config)
     chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
     vocab_size = -(-chat.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     documents = load_documents(config.data.corpus_path) if config.data.corpus_path else build_documents()
-    experts = SimulatedExperts(config.world)
+    experts = build_experts(config)
     sandbox = PythonSandbox()
     tools = (
-        Search(lambda model: experts, LocalSearch(documents)),
-        EnhanceReasoning(lambda model: experts, sandbox),
-        Answer(lambda model: experts),
+        Search(experts, LocalSearch(documents)),
+        EnhanceReasoning(experts, sandbox),
+        Answer(experts),
     )
     environment = QuestionAnswering(
         Toolbox(tools, config.episode.tool_timeout_s), config.world.max_calls, config.prompt.rendering == "compact"

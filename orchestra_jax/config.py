@@ -31,8 +31,15 @@ class PromptConfig:
 
 
 @dataclasses.dataclass
+class ExpertsConfig:
+    """Who stands behind the aliases: the simulated world, but for the models that a file gives an endpoint."""
+
+    endpoints_path: str = ""  # JSON, see experts.endpoint.load_endpoints; empty: all are simulated
+
+
+@dataclasses.dataclass
 class EpisodeConfig:
-    max_turn_tokens: int = 40
+    max_turn_tokens: int = 32
     max_tokens: int = 192  # prompt and all turns
     calls_per_turn: int = 1
     temperature: float = 1.0
@@ -43,7 +50,7 @@ class EpisodeConfig:
 class WarmStartConfig:
     """Supervised steps on demonstrations with a random route."""
 
-    num_steps: int = 200
+    num_steps: int = 300
     num_groups: int = 16
     group_size: int = 4
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-3))
@@ -56,8 +63,8 @@ class GrpoConfig:
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts
     groups_per_micro_batch: int = 4  # gradients are summed over micro-batches of this size
-    max_prompt_tokens: int = 80
-    completion_buckets: tuple[int, ...] = (48, 80)  # padded lengths; one for episode.max_tokens is added
+    prompt_buckets: tuple[int, ...] = (48, 88)  # padded lengths; the last token of a prompt does not count
+    completion_buckets: tuple[int, ...] = (45, 100)  # one for episode.max_tokens is added
     num_updates: int = 1  # optimizer steps on the same groups
     range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
     divide_by_std: bool = True
@@ -93,6 +100,7 @@ class RunConfig:
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
     jax_engine: JaxEngineConfig = dataclasses.field(default_factory=JaxEngineConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)

@@ -41,7 +41,6 @@ METRICS = {
     "calls/per_rollout": "tool calls per rollout",
     "calls/refused_share": "share of calls that were not allowed or not understood",
     "calls/<preference>/<tool>": "calls of this tool or model per rollout with this preference",
-    "episode/turns": "turns per rollout",
     "episode/completion_tokens": "tokens per rollout after the prompt",
     "episode/prompt_tokens": "tokens of the prompt",
     "episode/status/<status>": "share of rollouts that ended so (types.EpisodeStatus)",
@@ -55,7 +54,6 @@ METRICS = {
     "advantage/clipped_share": "share of advantages that the clip changed",
     # The sampler; natural logarithms.
     "sampler/logprob_mean": "mean log-probability of a sampled token, as sampled",
-    "sampler/version_lag": "optimizer steps between sampling and training, mean over tokens",
     "sampler/tokens_per_s": "sampled tokens per second of rollout time",
     # grpo.loss, by its own names; means over tokens in the loss mask unless said otherwise.
     "loss/total": "the loss",
@@ -72,29 +70,16 @@ METRICS = {
     "loss/sampler_gap_max": "the largest such gap of the step, nats",
     "loss/num_tokens": "tokens in the loss mask",
     "loss/num_rollouts": "rollouts with a token in the loss mask",
-    "optimizer/learning_rate": "learning rate of the step",
     "optimizer/gradient_norm": "global norm of the gradient before clipping",
-    "optimizer/update_norm": "global norm of the update",
-    "optimizer/parameter_norm": "global norm of the parameters",
     # Supervised warm start.
     "warm_start/loss": "cross entropy, nats per trained token",
-    "warm_start/token_accuracy": "share of trained tokens that are the most likely one",
-    # Held-out evaluation; means over its rollouts.
-    "evaluation/accuracy": "share of right answers",
-    "evaluation/utility": "utility on the reference scale",
-    "evaluation/utility_of_oracle": "utility as a share of the best fixed plan's",
-    "evaluation/<preference>/<objective>": "accuracy, utility or an objective in its unit, with this preference",
     # Seconds are wall-clock seconds of this step, not the episodes' virtual ones.
     "speed/step_s": "the whole step",
     "speed/rollout_s": "sampling and tools",
     "speed/batch_s": "advantages and packing",
     "speed/train_s": "forward, backward and update",
-    "speed/weight_update_s": "handing the new weights to the engine",
-    "speed/checkpoint_s": "waiting for a checkpoint",
-    "speed/evaluation_s": "held-out evaluation",
     "speed/trained_tokens_per_s": "sampled tokens per second of step time",
     "speed/rollouts_per_s": "rollouts per second of step time",
-    "memory/device_peak_gib": "highest device memory in use so far, GiB",
 }
 
 

@@ -2,6 +2,7 @@
 
     config.json            the config as run; a resumed run must have the same
     metrics.jsonl          one JSON object a step (metrics.MetricsWriter, which also writes the TensorBoard events here)
+    warm_start/            the same of the warm start
     checkpoints/           checkpoints.Checkpointer
     trajectories/          step_<step>.jsonl, one rollout group a line
     summary.json           the result
@@ -40,6 +41,10 @@ class RunDirectory:
     @property
     def metrics_path(self) -> pathlib.Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def warm_start_path(self) -> pathlib.Path:
+        return self.path / "warm_start"
 
     @property
     def checkpoints_path(self) -> pathlib.Path:

@@ -38,6 +38,9 @@ from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
 
+WARM_START_REPORT_EVERY = 10  # steps
+
+
 @dataclasses.dataclass
 class Progress:
     """What a checkpoint holds, besides the data iterator's own state."""
@@ -69,7 +72,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
         )
         progress = restore(config, parts, checkpointer, batches)
         if progress is None:
-            progress = warm_start(config, parts)
+            progress = warm_start(config, parts, directory)
             save(progress, checkpointer, batches, start_s)
         progress = improve(config, parts, progress, batches, metrics, checkpointer, directory, start_s)
         summary = evaluate_run(config, parts, progress.state.params, progress.reference_params, directory)
@@ -78,8 +81,8 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     return summary
 
 
-def warm_start(config: RunConfig, parts: Components) -> Progress:
-    """Supervised training on demonstrations of random routes."""
+def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) -> Progress:
+    """Supervised training on demonstrations of random routes. Its metrics are a TensorBoard run of their own."""
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     state = init_state(init_params(parts.model_config, jax.random.key(config.seed)), optimizer)
@@ -87,25 +90,27 @@ def warm_start(config: RunConfig, parts: Components) -> Progress:
         parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
     )
     shape = BatchShape(
-        settings.num_groups, settings.group_size, config.grpo.max_prompt_tokens, completion_buckets(config)
+        settings.num_groups, settings.group_size, config.grpo.prompt_buckets[-1:], completion_buckets(config)
     )
     ones_PG = np.ones((settings.num_groups, settings.group_size))
     bar = tqdm(range(settings.num_steps), desc="warm start")
-    for step in bar:
-        groups = demonstrate(
-            next(batches),
-            settings.group_size,
-            parts.environment,
-            parts.chat,
-            parts.rollout,
-            derive_seed(config.seed, step),
-        )
-        (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
-        state, loss = supervised_step(
-            state, batch, config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk
-        )
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+    with MetricsWriter(directory.warm_start_path, directory.is_resumed) as metrics:
+        for step in bar:
+            groups = demonstrate(
+                next(batches),
+                settings.group_size,
+                parts.environment,
+                parts.chat,
+                parts.rollout,
+                derive_seed(config.seed, step),
+            )
+            (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
+            state, loss = supervised_step(
+                state, batch, config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk
+            )
+            if step % WARM_START_REPORT_EVERY == 0:  # to read the loss is to wait for it
+                metrics.write(step, {"warm_start/loss": float(loss)})
+                bar.set_postfix(loss=f"{float(loss):.3f}")
     optimizer = grpo_optimizer(config.grpo)
     return Progress(init_state(state.params, optimizer), jax.tree.map(jnp.copy, state.params), 0, 0.0)
 
@@ -123,7 +128,7 @@ def improve(
     """GRPO from `progress.step` on. KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
     shape = BatchShape(
-        settings.groups_per_micro_batch, settings.group_size, settings.max_prompt_tokens, completion_buckets(config)
+        settings.groups_per_micro_batch, settings.group_size, settings.prompt_buckets, completion_buckets(config)
     )
     engine = build_engine(config, parts, progress.state.params, version=progress.step)
     bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)

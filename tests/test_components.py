@@ -9,6 +9,8 @@ from orchestra_jax import components as module
 from orchestra_jax.components import build_components, build_engine, build_preferences
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.preferences import PREFERENCES
+from orchestra_jax.experts.endpoint import EndpointExpert
+from orchestra_jax.experts.simulated import SimulatedExperts
 from orchestra_jax.models.config import MODELS
 
 
@@ -46,6 +48,7 @@ def test_the_parts_follow_the_config():
         ("prompt.rendering", "llama", r"rendering is 'llama'; choose one of .*'qwen3', 'compact'"),
         ("prompt.tokenizer_directory", "/nowhere", "no /nowhere/tokenizer.json"),
         ("data.corpus_path", "/nowhere.jsonl", "the corpus /nowhere.jsonl does not exist"),
+        ("experts.endpoints_path", "/nowhere.json", "the endpoints file /nowhere.json cannot be read"),
         ("data.weights", (0.5, 0.5), r"data.weights \(0.5, 0.5\) must be three weights"),
         ("data.num_tasks_per_cell", 10**6, "num_per_cell=1000000, but .* ask for at most"),
         ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['group', 'reference'\]"),
@@ -109,3 +112,13 @@ def test_the_engine_is_the_one_that_is_named(monkeypatch):
     parts = build_components(config)
     assert build_engine(config, parts, "params", 7) == "the engine"
     assert made == [(config, parts, "params", 7)]
+
+
+def test_an_endpoint_stands_in_for_its_model_alone(tmp_path):
+    config = small_config()
+    path = tmp_path / "endpoints.json"
+    path.write_text(json.dumps({"gpt-5": {"endpoint": "http://127.0.0.1:1/v1", "model": "m"}}))
+    config.experts.endpoints_path = str(path)
+    experts = module.build_experts(config)
+    assert isinstance(experts("gpt-5"), EndpointExpert)
+    assert isinstance(experts("gpt-5-mini"), SimulatedExperts)

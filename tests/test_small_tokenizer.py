@@ -19,10 +19,11 @@ WORDS = [
 ]
 UNITS = [
     *ALIASES,
-    *(f" ${price}" for price in ("0.2", "1", "5", "15", "25")),
+    *(f" ${price} " for price in ("0.2", "1", "5", "15", "25")),
     *(f" {latency}s " for latency in (2, 10, 25, 60, 90)),
     *(prefix + word for prefix in ("", " ") for word in WORDS),
-    *("remote", " remote", "offers"),
+    *("remote", " remote", "price", " price", "time", " time"),
+    *("documents found", "no documents", "program printed", "program failed", "no output"),
     '\n{"name": "search", "arguments": {"model": "',
     '\n{"name": "enhance_reasoning", "arguments": {"model": "',
     '\n{"name": "answer", "arguments": {"model": "',
@@ -50,15 +51,16 @@ def test_unit_is_one_token_wherever_it_stands(chat, unit):
 
 
 def test_units_in_a_row_stay_apart(chat):
-    line = "\nlocal $0.2 25s expert-4\nremote $15 2s expert-1\n\n"
+    line = "\nprice local $0.2 expert-4 remote $15 expert-1\ntime 2s expert-1 25s expert-4\n\n"
     assert [chat.content_encoder.decode([token]) for token in encode(chat, line)] == [
-        *("\n", "local", " $0.2", " 25s ", "expert-4", "\n", "remote", " $15", " 2s ", "expert-1", "\n\n")
+        *("\n", "price", " local", " $0.2 ", "expert-4", " remote", " $15 ", "expert-1", "\n"),
+        *("time", " 2s ", "expert-1", " 25s ", "expert-4", "\n\n"),
     ]
 
 
 def test_an_alias_is_the_same_token_in_the_table_in_a_thought_and_in_a_call(chat):
     (alias,) = encode(chat, "expert-4")
-    for text in ("\nlocal $0.2 25s expert-4\n", "offers $5 2s expert-4 $15", '{"model": "expert-4"}'):
+    for text in ("price local $0.2 expert-4\n", "time 25s expert-4 60s expert-1", '{"model": "expert-4"}'):
         assert encode(chat, text).count(alias) == 1, text
 
 

@@ -359,7 +359,7 @@ def test_the_whole_template_runs_too(directory, max_prompt_tokens, tmp_path, une
     config.episode.max_turn_tokens = config.jax_engine.max_turn_tokens = 120
     config.jax_engine.num_rows, config.jax_engine.row_buckets, config.jax_engine.turn_buckets = 4, (4,), (256,)
     config.jax_engine.prompts_per_prefill = 2
-    config.grpo.max_prompt_tokens, config.grpo.logprob_chunk = max_prompt_tokens, 256
+    config.grpo.prompt_buckets, config.grpo.logprob_chunk = (max_prompt_tokens,), 256
     config.grpo.completion_buckets = (512,)
     config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 1, 2, 2
     config.grpo.num_steps, config.grpo.group_size = 1, 2

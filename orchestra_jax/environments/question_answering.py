@@ -1,8 +1,8 @@
 """Question answering with delegation: the prompt, the tools, and the objectives of the default world.
 
-The same instance is rendered in two ways. `compact`: question, preference and one line per expert on offer, under 100
-tokens with the small tokenizer; the results of calls are one-line summaries. `qwen3`: the tools as JSON schemas with
-the table of experts in the argument's description, as in the ToolOrchestra release, and the results in full.
+The same instance is rendered in two ways. `compact`: question, preference and the experts on offer, under 100 tokens
+with the small tokenizer; the results of calls are one-line summaries. `qwen3`: the tools as JSON schemas with the
+experts in the argument's description, as in the ToolOrchestra release, and the results in full.
 """
 
 from __future__ import annotations
@@ -34,29 +34,47 @@ def reference_objectives(reference_cost_usd: float, reference_latency_s: float) 
     )
 
 
-def render_offer(offer: Offer) -> str:
-    """One expert in one line: place, price per million tokens, seconds per answer, alias.
+def price_list(offers: Sequence[Offer], has_place: bool) -> str:
+    """The experts on offer from the cheapest to the dearest, each behind its price per million tokens (and place).
 
-    The alias stands last, so that a causal model knows the other three where it reads it.
+    An alias stands behind its price, so that a causal model knows the price where it reads the alias.
     """
-    place = "local" if offer.is_local else "remote"
-    return f"{place} ${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}"
+    words = ["price"]
+    for offer in sorted(offers, key=lambda offer: offer.output_usd_per_million_tokens):
+        words += ["local" if offer.is_local else "remote"] if has_place else []
+        words += [f"${offer.output_usd_per_million_tokens:g}", offer.alias]
+    return " ".join(words)
+
+
+def latency_list(offers: Sequence[Offer]) -> str:
+    """The experts on offer from the fastest to the slowest, each behind the seconds of an answer."""
+    ordered = sorted(offers, key=lambda offer: offer.latency_s)
+    return " ".join(["time", *(f"{offer.latency_s:g}s {offer.alias}" for offer in ordered)])
+
+
+def render_offers(offers: Sequence[Offer]) -> str:
+    """Who is on offer, in two lines: by price and by latency.
+
+    One row an expert, with price and latency side by side, holds the same and is much slower to learn to read
+    (docs/log.md): in an ordered list the place of an alias already says something of its price.
+    """
+    return f"{price_list(offers, has_place=True)}\n{latency_list(offers)}"
 
 
 def render_user_text(instance: Instance, has_table: bool) -> str:
-    """Question, preference and, if asked, the table: it stands last, so that each row is read in the light of both."""
+    """Question, preference and, if asked, the offers: they stand last, so as to be read in the light of both."""
     lines = [instance.task.question, instance.preference.text]
     if has_table:
-        lines += [render_offer(offer) for offer in instance.offers]
+        lines.append(render_offers(instance.offers))
     return "\n".join(lines)
 
 
 def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
     """The tools in the OpenAI function format, `model` restricted to the aliases on offer."""
-    table = "\n".join(render_offer(offer) for offer in instance.offers)
     model = {
         **PARAMETERS_SCHEMA["properties"]["model"],
-        "description": f"The expert that does the work: place, price per million tokens, time of an answer.\n{table}",
+        "description": "The expert that does the work. Who is on offer, by price per million tokens and by time of an "
+        f"answer:\n{render_offers(instance.offers)}",
         "enum": [offer.alias for offer in instance.offers],
     }
     parameters = {**PARAMETERS_SCHEMA, "properties": {"model": model}}
@@ -69,12 +87,10 @@ def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
 def restate(instance: Instance) -> str:
     """The thinking of a demonstration: what the prompt says and never what to choose.
 
-    The experts on offer as in the table; then family, kind and preference, next to the call that they bear on.
+    The experts on offer as in the prompt; then family, kind and preference, next to the call that they bear on.
     """
-    experts = [
-        f"${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}" for offer in instance.offers
-    ]
-    return " ".join(["offers", *experts, instance.task.family, instance.task.kind, instance.preference.name])
+    lists = price_list(instance.offers, has_place=False), latency_list(instance.offers)
+    return " ".join([*lists, instance.task.family, instance.task.kind, instance.preference.name])
 
 
 class QuestionAnswering:

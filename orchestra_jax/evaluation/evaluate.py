@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
 from orchestra_jax import chat as chat_format
 from orchestra_jax.components import Components, build_engine
@@ -119,14 +120,18 @@ def by_preference(statistics_IS: np.ndarray, preference_I: Sequence[str]) -> dic
 def compare(
     statistics: dict[str, np.ndarray], preference_I: Sequence[str], baselines: Sequence[str], seed: int
 ) -> dict[str, dict[str, float]]:
-    """The trained policy against each baseline, by paired bootstrap over the draws."""
+    """The trained policy against each baseline, by paired bootstrap over the draws; none if there are too few."""
     utility_I = {name: statistics_IS[:, STATISTICS.index("utility")] for name, statistics_IS in statistics.items()}
-    return {
-        name: paired_bootstrap(
-            utility_I["trained"], utility_I[name], utility_I["random"], utility_I["optimal"], preference_I, seed
-        )
-        for name in baselines
-    }
+    try:
+        return {
+            name: paired_bootstrap(
+                utility_I["trained"], utility_I[name], utility_I["random"], utility_I["optimal"], preference_I, seed
+            )
+            for name in baselines
+        }
+    except ValueError as error:
+        logging.warning("no comparison with the baselines: %s", error)
+        return {}
 
 
 def price_response(

@@ -21,8 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from orchestra_jax.data.records import Instance
-from orchestra_jax.environments.question_answering import render_offer
+from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.evaluation.baselines import scores
 from orchestra_jax.evaluation.oracle import STATISTICS
 from orchestra_jax.rewards.preference import Objective, objective_vector, utility
@@ -223,12 +222,17 @@ def format_trajectory(instance: Instance, trajectory: Trajectory, text: str) -> 
         f"instance    {instance.instance_id}, rollout {trajectory.rollout_index}",
         f"question    {task.question}",
         f"preference  {preference.name}: {preference.text} ({_named_numbers(preference.weights)})",
-        *_block("offers", [f"{render_offer(offer)}  ({offer.model})" for offer in instance.offers]),
+        *_block("offers", [_offer_line(offer) for offer in instance.offers]),
         *_block("calls", _call_lines(trajectory)),
         f"answer      {trajectory.answer!r}, gold {task.answer!r}, episode {trajectory.status}",
         f"objectives  {_named_numbers(trajectory.objectives)}",
     ]
     return "\n".join([*lines, "tokens", text])
+
+
+def _offer_line(offer: Offer) -> str:
+    place = "local" if offer.is_local else "remote"
+    return f"{place} ${offer.output_usd_per_million_tokens:g} {offer.latency_s:g}s {offer.alias}  ({offer.model})"
 
 
 def group_with_texts(

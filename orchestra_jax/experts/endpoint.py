@@ -12,10 +12,12 @@ import asyncio
 import json
 import logging
 import os
+import pathlib
 import re
 import time
 from typing import TYPE_CHECKING
 
+from orchestra_jax.experts.catalog import EXPERTS
 from orchestra_jax.experts.expert import ExpertReply, ExpertRequest
 from orchestra_jax.types import CallStatus
 
@@ -161,6 +163,32 @@ class EndpointExpert:
             )
             self._loop = loop
         return self._client
+
+
+def load_endpoints(path: str) -> dict[str, EndpointExpert]:
+    """Endpoint experts by the catalog's model that they stand in for, from a JSON file.
+
+        {"gpt-5": {"endpoint": "https://api.openai.com/v1", "model": "gpt-5", "api_key_variable": "OPENAI_API_KEY"}}
+
+    Each entry holds the arguments of `EndpointExpert`. ValueError for a file that is missing or no JSON object, a model
+    that is not in the catalog, an argument that is missing or unknown, and what `EndpointExpert` refuses.
+    """
+    try:
+        entries = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the endpoints file {path} cannot be read: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"the endpoints file {path} holds no JSON object: write one entry for each model")
+    models = [expert.model for expert in EXPERTS]
+    experts = {}
+    for model, arguments in entries.items():
+        if model not in models:
+            raise ValueError(f"{model!r} in {path} is not a model of the catalog: choose one of {models}")
+        try:
+            experts[model] = EndpointExpert(**arguments)
+        except TypeError as error:
+            raise ValueError(f"the entry of {model!r} in {path} is not understood: {error}") from error
+    return experts
 
 
 def _read(completion: object) -> tuple[str, int, int]:

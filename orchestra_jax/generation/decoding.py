@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from orchestra_jax.models.attention import for_products
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import KVCache, write
 from orchestra_jax.models.transformer import Transformer, head_weights
@@ -55,14 +56,15 @@ def prefill(params, cache: KVCache, tokens_UT, lengths_U, prompt_of_row_B, *, co
     is_fresh_B = prompt_of_row_B >= 0
     prompt_of_row_B = jnp.maximum(prompt_of_row_B, 0)
 
-    def copy(kept_LBSKH, new_LUTKH):
-        start_LBTKH = kept_LBSKH[:, :, : tokens_UT.shape[1]]
-        mixed_LBTKH = jnp.where(is_fresh_B[None, :, None, None, None], new_LUTKH[:, prompt_of_row_B], start_LBTKH)
-        return jax.lax.dynamic_update_slice(kept_LBSKH, mixed_LBTKH.astype(kept_LBSKH.dtype), (0, 0, 0, 0, 0))
+    def copy(kept, new):
+        """Arrays [L, B, K, ...] and [L, U, K, ...], the latter with fewer slots."""
+        mixed = jnp.where(is_fresh_B[None, :, None, None, None], new[:, prompt_of_row_B], _cut(kept, new.shape))
+        return jax.lax.dynamic_update_slice(kept, mixed.astype(kept.dtype), (0, 0, 0, 0, 0))
 
+    new_keys, new_values = for_products(*new_keys_values)
     return KVCache(
-        copy(cache.keys_LCSKH, new_keys_values[0]),
-        copy(cache.values_LCSKH, new_keys_values[1]),
+        copy(cache.keys_LCKHS, new_keys),
+        copy(cache.values_LCKSH, new_values),
         jnp.where(is_fresh_B, lengths_U[prompt_of_row_B], cache.lengths_B),
     )
 
@@ -139,38 +141,43 @@ def _sample(logits_RV, temperature_R, keys_R, position_R):
     return token_R, chosen_R - jax.nn.logsumexp(scaled_RV, axis=-1)
 
 
-def _row_size(array_LBSKH, num_slots):
-    num_layers, _, _, num_kv_heads, head_dim = array_LBSKH.shape
-    return num_layers, 1, num_slots, num_kv_heads, head_dim
+def _cut(array, shape):
+    """The first entries of each dim but the second, as many as in `shape`."""
+    return array[: shape[0], :, : shape[2], : shape[3], : shape[4]]
 
 
 def _take_rows(cache: KVCache, rows_R, num_slots: int) -> KVCache:
     """A copy of the first slots of some rows. Row by row: a gather of whole rows takes XLA CPU several times longer."""
 
-    def take(array_LBSKH):
-        def copy_row(r, taken_LRSKH):
-            row = jax.lax.dynamic_slice(array_LBSKH, (0, rows_R[r], 0, 0, 0), _row_size(array_LBSKH, num_slots))
-            return jax.lax.dynamic_update_slice(taken_LRSKH, row, (0, r, 0, 0, 0))
+    def take(array, row_shape):
+        def copy_row(r, taken):
+            row = jax.lax.dynamic_slice(array, (0, rows_R[r], 0, 0, 0), row_shape)
+            return jax.lax.dynamic_update_slice(taken, row, (0, r, 0, 0, 0))
 
-        num_layers, _, _, num_kv_heads, head_dim = array_LBSKH.shape
-        empty_LRSKH = jnp.zeros((num_layers, len(rows_R), num_slots, num_kv_heads, head_dim), array_LBSKH.dtype)
-        return jax.lax.fori_loop(0, len(rows_R), copy_row, empty_LRSKH)
+        empty = jnp.zeros((row_shape[0], len(rows_R), *row_shape[2:]), array.dtype)
+        return jax.lax.fori_loop(0, len(rows_R), copy_row, empty)
 
-    return KVCache(take(cache.keys_LCSKH), take(cache.values_LCSKH), cache.lengths_B[rows_R])
+    num_layers, _, num_kv_heads, head_dim, _ = cache.keys_LCKHS.shape
+    rows = (num_layers, 1, num_kv_heads)
+    return KVCache(
+        take(cache.keys_LCKHS, (*rows, head_dim, num_slots)),
+        take(cache.values_LCKSH, (*rows, num_slots, head_dim)),
+        cache.lengths_B[rows_R],
+    )
 
 
 def _put_rows(cache: KVCache, rows_R, own: KVCache) -> KVCache:
     """Writes rows of `_take_rows` back to where they came from."""
 
-    def put(array_LBSKH, own_LRSKH):
-        def copy_row(r, array_LBSKH):
-            row = jax.lax.dynamic_slice(own_LRSKH, (0, r, 0, 0, 0), _row_size(own_LRSKH, own_LRSKH.shape[2]))
-            return jax.lax.dynamic_update_slice(array_LBSKH, row, (0, rows_R[r], 0, 0, 0))
+    def put(array, own_array):
+        def copy_row(r, array):
+            row = jax.lax.dynamic_slice_in_dim(own_array, r, 1, axis=1)
+            return jax.lax.dynamic_update_slice(array, row, (0, rows_R[r], 0, 0, 0))
 
-        return jax.lax.fori_loop(0, len(rows_R), copy_row, array_LBSKH)
+        return jax.lax.fori_loop(0, len(rows_R), copy_row, array)
 
     return KVCache(
-        put(cache.keys_LCSKH, own.keys_LCSKH),
-        put(cache.values_LCSKH, own.values_LCSKH),
+        put(cache.keys_LCKHS, own.keys_LCKHS),
+        put(cache.values_LCKSH, own.values_LCKSH),
         cache.lengths_B.at[rows_R].set(own.lengths_B),
     )

@@ -37,12 +37,12 @@ class JaxEngineConfig:
 
     num_rows: int = 256  # sessions that keep their cache
     max_tokens: int = 192  # of a session, the new ones included
-    max_turn_tokens: int = 40
-    prompts_per_prefill: int = 32
-    prefill_buckets: tuple[int, ...] = (80, 192)
+    max_turn_tokens: int = 32
+    prompts_per_prefill: int = 16
+    prefill_buckets: tuple[int, ...] = (48, 88)
     turn_buckets: tuple[int, ...] = (20, 40)  # tokens that a session was given since its last turn
     row_buckets: tuple[int, ...] = (16, 64)
-    slot_buckets: tuple[int, ...] = (112,)
+    slot_buckets: tuple[int, ...] = (80, 112)
 
 
 @dataclasses.dataclass
@@ -222,7 +222,7 @@ class JaxEngine:
 
     def _run_batch(self, batch: Sequence[_Request]) -> list[Completion]:
         with self._device_lock:
-            if self._cache.keys_LCSKH.is_deleted():  # donated to a call that failed
+            if self._cache.keys_LCKHS.is_deleted():  # donated to a call that failed
                 self._forget_rows()
             start_s = time.monotonic()
             self._batch_count += 1

@@ -38,44 +38,55 @@ class MicroBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The padded sizes; one compilation for each completion bucket."""
+    """The padded sizes, rising; one compilation for each pair of buckets that is met."""
 
     num_groups: int
     group_size: int
-    max_prompt_tokens: int
+    prompt_buckets: tuple[int, ...]
     completion_buckets: tuple[int, ...]
 
 
 def make_micro_batches(
     groups: Sequence[TrajectoryGroup], advantages_PG: np.ndarray, valid_PG: np.ndarray, shape: BatchShape
 ) -> list[MicroBatch]:
-    """Cuts the groups into micro-batches, those with long completions together so that few rows are padded far.
+    """Cuts the groups into micro-batches, those of like lengths together so that few rows are padded far.
 
     advantages_PG, valid_PG: [number of groups, G]; rollouts that are not valid are masked out altogether. ValueError
     for a prompt or a completion that fits no padded size.
     """
-    order = sorted(range(len(groups)), key=lambda number: _longest_completion(groups[number]))
+    order = sorted(range(len(groups)), key=lambda number: _padded_lengths(groups[number], shape))
     return [
         _make_micro_batch(groups, advantages_PG, valid_PG, order[start : start + shape.num_groups], shape)
         for start in range(0, len(order), shape.num_groups)
     ]
 
 
-def _longest_completion(group: TrajectoryGroup) -> int:
-    return max(trajectory.num_completion_tokens for trajectory in group.trajectories)
+def _padded_lengths(group: TrajectoryGroup, shape: BatchShape) -> tuple[int, int]:
+    """The buckets that hold the group's prompt, but for its last token, and its longest completion."""
+    num_prompt = group.trajectories[0].num_prompt_tokens - 1
+    longest = max(trajectory.num_completion_tokens for trajectory in group.trajectories)
+    return (
+        _bucket("prompt", num_prompt, shape.prompt_buckets, group.instance_id),
+        _bucket("completion", longest, shape.completion_buckets, group.instance_id),
+    )
+
+
+def _bucket(what: str, length: int, buckets: tuple[int, ...], instance_id: str) -> int:
+    fitting = [bucket for bucket in buckets if bucket >= length]
+    if not fitting:
+        raise ValueError(
+            f"the {what} of {instance_id} has {length} tokens and fits none of {what}_buckets {buckets}: "
+            "add a longer one"
+        )
+    return min(fitting)
 
 
 def _make_micro_batch(groups, advantages_PG, valid_PG, numbers, shape: BatchShape) -> MicroBatch:
-    longest = max(_longest_completion(groups[number]) for number in numbers)
-    buckets = [bucket for bucket in shape.completion_buckets if bucket >= longest]
-    if not buckets:
-        raise ValueError(
-            f"a completion of {longest} tokens fits none of completion_buckets {shape.completion_buckets}: "
-            "add a longer one"
-        )
-    width, num_rows = min(buckets), shape.num_groups * shape.group_size
+    lengths = [_padded_lengths(groups[number], shape) for number in numbers]
+    num_prompt_tokens, width = (max(each) for each in zip(*lengths, strict=True))
+    num_rows = shape.num_groups * shape.group_size
     batch = MicroBatch(
-        np.zeros((shape.num_groups, shape.max_prompt_tokens), np.int32),
+        np.zeros((shape.num_groups, num_prompt_tokens), np.int32),
         np.zeros(shape.num_groups, np.int32),
         np.zeros((num_rows, width), np.int32),
         np.zeros(num_rows, np.int32),
@@ -94,11 +105,6 @@ def _fill_group(batch: MicroBatch, p: int, group: TrajectoryGroup, advantages_G,
     trajectories = group.trajectories
     assert len(trajectories) == shape.group_size, f"{len(trajectories)} rollouts in a group of {shape.group_size}"
     num_prompt = trajectories[0].num_prompt_tokens - 1
-    if num_prompt > shape.max_prompt_tokens:
-        raise ValueError(
-            f"the prompt of {group.instance_id} has {num_prompt + 1} tokens and max_prompt_tokens is "
-            f"{shape.max_prompt_tokens}: raise it"
-        )
     batch.prompt_tokens_PT[p, :num_prompt] = trajectories[0].tokens[:num_prompt]
     batch.prompt_lengths_P[p] = num_prompt
     for g, trajectory in enumerate(trajectories):

@@ -21,11 +21,19 @@ MASKED_SCORE = -1e30  # finite: a fully masked block gives weights of 0 after th
 
 
 class KeyBlock(NamedTuple):
-    """Keys and values with who may see them. Token row b reads cache row b // (B // C)."""
+    """Keys and values with who may see them. Token row b reads cache row b // (B // C).
 
-    keys_CSKH: jax.Array
-    values_CSKH: jax.Array
+    The two lie as the products over them read them: a cache in another order would be transposed at every token.
+    """
+
+    keys_CKHS: jax.Array
+    values_CKSH: jax.Array
     is_visible_BTS: jax.Array  # bool
+
+
+def for_products(keys_XSKH, values_XSKH):
+    """Keys [..., S, K, H] and values [..., S, K, H] as a KeyBlock holds them: [..., K, H, S] and [..., K, S, H]."""
+    return jnp.moveaxis(keys_XSKH, -3, -1), jnp.moveaxis(values_XSKH, -3, -2)
 
 
 def own_visibility(positions_BT, segment_ids_BT):
@@ -49,9 +57,9 @@ def attend(q_BTNH, blocks, implementation="xla"):
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {sorted(IMPLEMENTATIONS)}")
     for block in blocks:
-        if q_BTNH.shape[0] % block.keys_CSKH.shape[0]:
+        if q_BTNH.shape[0] % block.keys_CKHS.shape[0]:
             raise ValueError(
-                f"{q_BTNH.shape[0]} token rows over {block.keys_CSKH.shape[0]} key rows: "
+                f"{q_BTNH.shape[0]} token rows over {block.keys_CKHS.shape[0]} key rows: "
                 "the token rows must be a whole multiple, in groups of neighbours"
             )
     return IMPLEMENTATIONS[implementation](q_BTNH, blocks)
@@ -69,7 +77,7 @@ def _attend_xla(q_BTNH, blocks):
         return x_CKUR.swapaxes(1, 2).reshape(num_rows, num_tokens, num_kv_heads, num_queries, *width)
 
     def to_block_rows(x_BTKR, block):
-        num_key_rows = block.keys_CSKH.shape[0]
+        num_key_rows = block.keys_CKHS.shape[0]
         return x_BTKR.reshape(num_key_rows, -1, *x_BTKR.shape[2:]).swapaxes(1, 2)
 
     # The softmax does not change under a shift, so no gradient needs to pass through the maximum.
@@ -83,11 +91,11 @@ def _attend_xla(q_BTNH, blocks):
     for score_CKURS, block in zip(scores, blocks, strict=True):
         weight_CKURS = jnp.exp(score_CKURS - to_block_rows(maximum_BTKR, block)[..., None])
         total_BTKR += to_token_rows(weight_CKURS.sum(axis=-1))
-        values_CSKH = block.values_CSKH
+        values_CKSH = block.values_CKSH
         weighted_CKURH = jnp.einsum(
-            "CKURS,CSKH->CKURH",
-            weight_CKURS.astype(values_CSKH.dtype),
-            values_CSKH,
+            "CKURS,CKSH->CKURH",
+            weight_CKURS.astype(values_CKSH.dtype),
+            values_CKSH,
             preferred_element_type=jnp.float32,
         )
         out_BTKRH += to_token_rows(weighted_CKURH, (head_dim,))
@@ -97,9 +105,9 @@ def _attend_xla(q_BTNH, blocks):
 
 def _masked_scores(q_BTNH, block):
     """Float32 scores [C, K, U, R, S]: the order a batched matrix product writes, so the big array is not transposed."""
-    num_key_rows, num_slots, num_kv_heads, head_dim = block.keys_CSKH.shape
+    num_key_rows, num_kv_heads, head_dim, num_slots = block.keys_CKHS.shape
     q_CUKRH = q_BTNH.reshape(num_key_rows, -1, num_kv_heads, q_BTNH.shape[2] // num_kv_heads, head_dim)
-    score_CKURS = jnp.einsum("CUKRH,CSKH->CKURS", q_CUKRH, block.keys_CSKH, preferred_element_type=jnp.float32)
+    score_CKURS = jnp.einsum("CUKRH,CKHS->CKURS", q_CUKRH, block.keys_CKHS, preferred_element_type=jnp.float32)
     is_visible_CUS = block.is_visible_BTS.reshape(num_key_rows, -1, num_slots)
     return jnp.where(is_visible_CUS[:, None, :, None, :], score_CKURS, MASKED_SCORE)
 

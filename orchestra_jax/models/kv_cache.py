@@ -15,27 +15,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from orchestra_jax.models.attention import for_products
 from orchestra_jax.models.config import ModelConfig
 
 
 class KVCache(NamedTuple):
     """Token row b reads cache row b // (B // C); C < B is a cache shared by groups of neighbouring token rows."""
 
-    keys_LCSKH: jax.Array
-    values_LCSKH: jax.Array
+    keys_LCKHS: jax.Array  # the order in which attention reads them (attention.KeyBlock)
+    values_LCKSH: jax.Array
     lengths_B: jax.Array  # int32: filled slots, by token row
 
     @property
     def num_slots(self) -> int:
-        return self.keys_LCSKH.shape[2]
+        return self.keys_LCKHS.shape[-1]
 
 
 def empty_cache(config: ModelConfig, num_rows, num_slots) -> KVCache:
     """A cache of `num_rows` rows with nothing in it, in the compute dtype."""
-    shape = (config.num_layers, num_rows, num_slots, config.num_kv_heads, config.head_dim)
+    rows = (config.num_layers, num_rows, config.num_kv_heads)
     return KVCache(
-        keys_LCSKH=jnp.zeros(shape, config.compute_dtype),
-        values_LCSKH=jnp.zeros(shape, config.compute_dtype),
+        keys_LCKHS=jnp.zeros((*rows, config.head_dim, num_slots), config.compute_dtype),
+        values_LCKSH=jnp.zeros((*rows, num_slots, config.head_dim), config.compute_dtype),
         lengths_B=jnp.zeros(num_rows, jnp.int32),
     )
 
@@ -48,7 +49,7 @@ def write(cache: KVCache, new_keys_values, start_B, is_valid_BT, rows_B=None) ->
     are the cache rows to write (all of them in order, if not given); a row number >= C is dropped, which lets a batch
     be padded. Slots at or past the new length keep stale keys, which nothing sees.
     """
-    num_cache_rows = cache.keys_LCSKH.shape[1]
+    num_cache_rows = cache.keys_LCKHS.shape[1]
     if len(cache.lengths_B) != num_cache_rows:
         raise ValueError(
             f"a cache of {num_cache_rows} rows is shared by {len(cache.lengths_B)} token rows: it cannot be written; "
@@ -58,19 +59,20 @@ def write(cache: KVCache, new_keys_values, start_B, is_valid_BT, rows_B=None) ->
         rows_B = jnp.arange(num_cache_rows)
     slots_BT = start_B[:, None] + jnp.cumsum(is_valid_BT, axis=1, dtype=jnp.int32) - 1
     slots_BT = jnp.where(is_valid_BT, slots_BT, cache.num_slots)  # out of range: dropped
-    keys_LBTKH, values_LBTKH = new_keys_values
-    at = (slice(None), rows_B[:, None], slots_BT)
+    # Two index arrays apart from each other put the rows and tokens in front: [B, T, L, K, H].
+    keys_BTLKH, values_BTLKH = (jnp.moveaxis(new, 0, 2) for new in new_keys_values)
+    all_, rows_B1 = slice(None), rows_B[:, None]
+    keys, values = cache.keys_LCKHS, cache.values_LCKSH
     return KVCache(
-        keys_LCSKH=cache.keys_LCSKH.at[at].set(keys_LBTKH.astype(cache.keys_LCSKH.dtype), mode="drop"),
-        values_LCSKH=cache.values_LCSKH.at[at].set(values_LBTKH.astype(cache.values_LCSKH.dtype), mode="drop"),
+        keys_LCKHS=keys.at[all_, rows_B1, :, :, slots_BT].set(keys_BTLKH.astype(keys.dtype), mode="drop"),
+        values_LCKSH=values.at[all_, rows_B1, :, slots_BT].set(values_BTLKH.astype(values.dtype), mode="drop"),
         lengths_B=cache.lengths_B.at[rows_B].set(start_B + is_valid_BT.sum(axis=1, dtype=jnp.int32), mode="drop"),
     )
 
 
 def shared_prefix_cache(new_keys_values, prompt_lengths_P, group_size) -> KVCache:
-    """The prompts' own keys and values [L, P, T, K, H] as the cache of P * group_size completions, without a copy.
+    """The prompts' own keys and values [L, P, T, K, H] as the cache of P * group_size completions.
 
     Prompts are padded on the right. Token row p * group_size + g continues prompt p. Gradients reach the prompts.
     """
-    keys_LPTKH, values_LPTKH = new_keys_values
-    return KVCache(keys_LPTKH, values_LPTKH, jnp.repeat(prompt_lengths_P, group_size))
+    return KVCache(*for_products(*new_keys_values), jnp.repeat(prompt_lengths_P, group_size))

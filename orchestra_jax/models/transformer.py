@@ -55,7 +55,7 @@ class Transformer(nn.Module):
                 raise ValueError(
                     f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: make them equal"
                 )
-            cache_keys_values = (cache.keys_LCSKH, cache.values_LCSKH)
+            cache_keys_values = (cache.keys_LCKHS, cache.values_LCKSH)
             context["cache"] = attention.cache_visibility(segment_ids_BT, cache.lengths_B, cache.num_slots)
         layers = nn.scan(
             _rematerialised_block(config.remat),
@@ -91,7 +91,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cache_keys_values, context):
-        """`cache_keys_values` are this layer's [C, S, K, H] pair or None; returns the output and the new pair."""
+        """`cache_keys_values`: this layer's ([C, K, H, S], [C, K, S, H]) or None.
+
+        Returns the output and the new tokens' keys and values, each [B, T, K, H].
+        """
         config = self.config
         hidden, num_heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         kv_shape, kv_names = (hidden, config.num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
@@ -103,7 +106,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, weight) for weight in (query_DNH, key_DKH, value_DKH))
         q_BTNH = rotate(RMSNorm(config, "head_dim", name="query_norm")(q_BTNH), context["rotary"])
         k_BTKH = rotate(RMSNorm(config, "head_dim", name="key_norm")(k_BTKH), context["rotary"])
-        blocks = [attention.KeyBlock(k_BTKH, v_BTKH, context["own"])]
+        blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
         if cache_keys_values is not None:
             blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
         attended_BTNH = attention.attend(q_BTNH, blocks)

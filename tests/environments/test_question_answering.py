@@ -1,5 +1,6 @@
 """The default environment: what the policy reads, and what an episode was worth."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from orchestra_jax.environments.question_answering import (
     QuestionAnswering,
     is_disallowed,
     reference_objectives,
+    render_offers,
     restate,
     tool_schemas,
 )
@@ -51,8 +53,8 @@ def test_the_compact_prompt_says_question_preference_and_every_expert_but_no_mod
     assert message.content.splitlines() == [
         "Which river?",
         "Use local experts only.",
-        "remote $15 2s expert-2",
-        "local $0.2 60s expert-3",
+        "price local $0.2 expert-3 remote $15 expert-2",
+        "time 2s expert-2 60s expert-3",
     ]
 
 
@@ -64,7 +66,7 @@ def test_the_full_prompt_says_it_in_schemas_restricted_to_the_offer():
     for tool in tool_schemas(TOOLBOX, instance()):
         model = tool["function"]["parameters"]["properties"]["model"]
         assert model["enum"] == ["expert-2", "expert-3"]
-        assert "local $0.2 60s expert-3" in model["description"] and "expert-4" not in model["description"]
+        assert "price local $0.2 expert-3" in model["description"] and "expert-4" not in model["description"]
     text = json.dumps(tools)
     assert not any(offer.model in text for offer in OFFERS)  # an alias stands for its model
 
@@ -79,8 +81,13 @@ def test_the_prompt_gives_away_neither_answer_nor_evidence_tool_and_differs_by_p
 
 def test_a_restatement_recommends_nothing():
     text = restate(instance())
-    assert text.endswith(" geography two_hop local")
-    assert all(offer.alias in text for offer in OFFERS) and not any(tool in text for tool in TOOLBOX.names)
+    assert text == "price $0.2 expert-3 $15 expert-2 time 2s expert-2 60s expert-3 geography two_hop local"
+    assert not any(tool in text for tool in TOOLBOX.names)
+
+
+def test_equal_prices_and_latencies_keep_the_order_of_the_catalog():
+    same = tuple(dataclasses.replace(offer, output_usd_per_million_tokens=5.0, latency_s=2.0) for offer in OFFERS)
+    assert render_offers(same) == "price remote $5 expert-2 local $5 expert-3\ntime 2s expert-2 2s expert-3"
 
 
 @pytest.mark.parametrize(("is_compact", "shown"), [(True, "documents found"), (False, "The Po is a river.")])

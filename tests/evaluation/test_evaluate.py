@@ -1,6 +1,7 @@
 """The end of a run, played by scripted policies whose worth is known: no model, no jax computation."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -40,16 +41,16 @@ def make_config():
 
 
 class RuleEngine(ScriptedEngine):
-    """Its weights are a rule: (offers as (alias, price) in the prompt's order) -> the alias that answers at once."""
+    """Its weights are a rule: (offers as (alias, price) in catalog order) -> the alias that answers at once."""
 
     def __init__(self, chat, rule, temperatures):
         super().__init__(self._turn)
         self._chat, self._rule, self._temperatures = chat, rule, temperatures
 
     def _turn(self, session_id, turn, prompt_tokens):
-        text = chat_format.decode(self._chat, prompt_tokens).replace("<|im_end|>", "\n")
-        lines = [line.split() for line in text.splitlines()]
-        offers = [(line[3], float(line[1][1:])) for line in lines if line and line[0] in ("local", "remote")]
+        text = chat_format.decode(self._chat, prompt_tokens)
+        (prices,) = re.findall(r"^price (.*)$", text, re.MULTILINE)
+        offers = sorted((alias, float(price)) for price, alias in re.findall(r"\$(\S+) (\S+)", prices))
         return chat_format.encode_turn(self._chat, "", [ToolCall("answer", {"model": self._rule(offers)})])
 
     async def generate(self, prompt_tokens, sampling, **names):
@@ -115,6 +116,14 @@ def test_a_played_rule_is_worth_what_the_recursion_says(evaluated):
         assert realised["accuracy"] == pytest.approx(entry["accuracy"], abs=0.3)
     assert evaluated[0]["comparisons"]["cheapest"]["difference"] == pytest.approx(0.0, abs=1e-9)
     assert evaluated[0]["comparisons"]["cheapest"]["p_value"] > 0.05
+
+
+def test_too_few_draws_for_a_comparison_lose_nothing(caplog):
+    names = ["cheap"] * 3
+    zeros_IS = np.zeros((3, len(STATISTICS)))
+    statistics = {name: zeros_IS for name in ("trained", "random", "optimal", "cheapest")}
+    assert compare(statistics, names, ["cheapest"], seed=0) == {}
+    assert "evaluate on more tasks" in caplog.text
 
 
 def test_bounds_and_the_warm_start_stand_where_they_belong(evaluated):

@@ -10,7 +10,7 @@ import pytest
 
 from orchestra_jax.data.records import Instance, Offer, Preference, Task
 from orchestra_jax.experts.delegation import Answer
-from orchestra_jax.experts.endpoint import EndpointExpert, extract
+from orchestra_jax.experts.endpoint import EndpointExpert, extract, load_endpoints
 from orchestra_jax.experts.expert import ExpertRequest
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.types import CallStatus
@@ -233,3 +233,37 @@ def test_mistakes_are_named(monkeypatch):
         EndpointExpert("http://127.0.0.1:1/v1", "m", "MISSING_KEY")
     with pytest.raises(ValueError, match="timeout_s 0"):
         EndpointExpert("http://127.0.0.1:1/v1", "m", timeout_s=0)
+
+
+def test_a_file_says_which_models_have_an_endpoint(endpoint, tmp_path):
+    endpoint.respond = lambda body: completion("<answer>Paris</answer>")
+    path = tmp_path / "endpoints.json"
+    path.write_text(json.dumps({"gpt-5": {"endpoint": endpoint.url, "model": "served"}}))
+    experts = load_endpoints(str(path))
+    assert list(experts) == ["gpt-5"]
+    (reply,) = ask(experts["gpt-5"], request("answer"))
+    assert reply.text == "Paris" and endpoint.requests[0][2]["model"] == "served"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ('{"gpt-6": {}}', "'gpt-6' in .* is not a model of the catalog: choose one of .*'gpt-5'"),
+        ('{"gpt-5": {"model": "m"}}', "the entry of 'gpt-5' .* is not understood: .*endpoint"),
+        ('{"gpt-5": {"endpoint": "http://x/v1", "model": "m", "key": "k"}}', "is not understood: .*'key'"),
+        ('{"gpt-5": "http://x/v1"}', "the entry of 'gpt-5' .* is not understood"),
+        ('{"gpt-5": {"endpoint": "http://x/v1", "model": "m", "api_key_variable": "NO_SUCH"}}', "'NO_SUCH' is not set"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence(text, told, tmp_path):
+    path = tmp_path / "endpoints.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        load_endpoints(str(path))
+
+
+def test_a_file_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="/nowhere.json cannot be read"):
+        load_endpoints("/nowhere.json")

@@ -27,7 +27,7 @@ def group(prompt, completions):
 
 SHORT = group([5, 6, 7], [[11, 12], [13]])
 LONG = group([8, 9], [[21, -22, -23, 24], [25, 26, 27]])
-SHAPE = BatchShape(num_groups=1, group_size=2, max_prompt_tokens=3, completion_buckets=(2, 4))
+SHAPE = BatchShape(num_groups=1, group_size=2, prompt_buckets=(3,), completion_buckets=(2, 4))
 ADVANTAGES_PG = np.array([[1.0, -1.0], [2.0, -2.0]])
 ALL_VALID_PG = np.ones((2, 2), bool)
 
@@ -58,7 +58,7 @@ def test_a_rollout_that_is_not_valid_has_no_token_to_train_on():
 
 
 def test_missing_groups_are_rows_of_padding():
-    shape = BatchShape(num_groups=3, group_size=2, max_prompt_tokens=3, completion_buckets=(2, 4, 8))
+    shape = BatchShape(num_groups=3, group_size=2, prompt_buckets=(3,), completion_buckets=(2, 4, 8))
     (batch,) = make_micro_batches([SHORT, LONG], ADVANTAGES_PG, ALL_VALID_PG, shape)
     assert batch.input_tokens_BC.shape == (6, 4)
     assert batch.prompt_lengths_P.tolist() == [2, 1, 0]
@@ -68,10 +68,19 @@ def test_missing_groups_are_rows_of_padding():
 
 
 def test_what_fits_no_size_is_refused_with_the_mend():
-    with pytest.raises(ValueError, match="completion of 4 tokens .*completion_buckets"):
-        make_micro_batches([LONG], ADVANTAGES_PG, ALL_VALID_PG, BatchShape(1, 2, 3, (2, 3)))
-    with pytest.raises(ValueError, match="3 tokens and max_prompt_tokens is 1"):
-        make_micro_batches([SHORT], ADVANTAGES_PG, ALL_VALID_PG, BatchShape(1, 2, 1, (4,)))
+    with pytest.raises(ValueError, match="the completion of i has 4 tokens .*completion_buckets"):
+        make_micro_batches([LONG], ADVANTAGES_PG, ALL_VALID_PG, BatchShape(1, 2, (3,), (2, 3)))
+    with pytest.raises(ValueError, match="the prompt of i has 2 tokens .*prompt_buckets"):
+        make_micro_batches([SHORT], ADVANTAGES_PG, ALL_VALID_PG, BatchShape(1, 2, (1,), (4,)))
+
+
+def test_groups_of_like_lengths_share_a_micro_batch():
+    short_prompt = group([4], [[11, 12, 13, 14], [13]])
+    shape = BatchShape(num_groups=2, group_size=2, prompt_buckets=(1, 2), completion_buckets=(2, 4))
+    groups = [SHORT, LONG, SHORT, short_prompt]  # prompts without their last token: 2, 1, 2, 0
+    batches = make_micro_batches(groups, np.zeros((4, 2)), np.ones((4, 2), bool), shape)
+    assert [batch.prompt_tokens_PT.shape[1] for batch in batches] == [1, 2]
+    assert [batch.input_tokens_BC.shape[1] for batch in batches] == [4, 2]
 
 
 def test_rollouts_of_a_group_share_their_prompt():

@@ -70,7 +70,7 @@ ADVANTAGES_PG = np.random.default_rng(1).normal(size=(NUM_GROUPS, GROUP_SIZE)).a
 
 
 def micro_batches(groups_per_batch=2, advantages_PG=ADVANTAGES_PG, valid_PG=VALID_PG, groups=GROUPS):
-    shape = BatchShape(groups_per_batch, GROUP_SIZE, max_prompt_tokens=6, completion_buckets=(10,))
+    shape = BatchShape(groups_per_batch, GROUP_SIZE, prompt_buckets=(6,), completion_buckets=(10,))
     return make_micro_batches(groups, advantages_PG, valid_PG, shape)
 
 

@@ -16,19 +16,23 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+def block(keys_CSKH, values_CSKH, is_visible_BTS):
+    return attention.KeyBlock(*attention.for_products(keys_CSKH, values_CSKH), is_visible_BTS)
+
+
 def test_weights_of_two_keys_by_hand():
     # Scores 2 * ln(3) / sqrt(4) = ln 3 and 0: weights 3/4 and 1/4.
     q_BTNH = jnp.array([2 * np.log(3.0), 0, 0, 0]).reshape(1, 1, 1, 4)
     keys_CSKH = jnp.array([[1.0, 0, 0, 0], [0, 0, 0, 0]]).reshape(1, 2, 1, 4)
     values_CSKH = jnp.array([[4.0, 0, 0, 1], [0, 8, 0, 1]]).reshape(1, 2, 1, 4)
-    block = attention.KeyBlock(keys_CSKH, values_CSKH, jnp.ones((1, 1, 2), bool))
-    np.testing.assert_allclose(attend(q_BTNH, [block])[0, 0, 0], [3, 2, 0, 1], atol=1e-6)
+    out_BTNH = attend(q_BTNH, [block(keys_CSKH, values_CSKH, jnp.ones((1, 1, 2), bool))])
+    np.testing.assert_allclose(out_BTNH[0, 0, 0], [3, 2, 0, 1], atol=1e-6)
 
 
 def test_grouped_heads_equal_a_loop_over_query_heads():
     q_BTNH, keys_CSKH, values_CSKH = normal(0, 2, 3, 4, 6), normal(1, 2, 5, 2, 6), normal(2, 2, 5, 2, 6)
     is_visible_BTS = jnp.tril(jnp.ones((3, 5), bool), 2)[None].repeat(2, axis=0)
-    out_BTNH = attend(q_BTNH, [attention.KeyBlock(keys_CSKH, values_CSKH, is_visible_BTS)])
+    out_BTNH = attend(q_BTNH, [block(keys_CSKH, values_CSKH, is_visible_BTS)])
     for head in range(4):
         keys_BSH, values_BSH = keys_CSKH[:, :, head // 2], values_CSKH[:, :, head // 2]
         score_BTS = q_BTNH[:, :, head] @ keys_BSH.swapaxes(1, 2) / np.sqrt(6)
@@ -39,9 +43,9 @@ def test_grouped_heads_equal_a_loop_over_query_heads():
 def test_two_blocks_equal_their_concatenation_and_large_scores_do_not_overflow():
     q_BTNH, keys_CSKH, values_CSKH = 100 * normal(0, 2, 3, 4, 6), normal(1, 2, 5, 2, 6), normal(2, 2, 5, 2, 6)
     is_visible_BTS = jnp.ones((2, 3, 5), bool).at[0, :, 1].set(False).at[1, 2, 2:].set(False)
-    whole = attention.KeyBlock(keys_CSKH, values_CSKH, is_visible_BTS)
+    whole = block(keys_CSKH, values_CSKH, is_visible_BTS)
     halves = [
-        attention.KeyBlock(keys_CSKH[:, part], values_CSKH[:, part], is_visible_BTS[:, :, part])
+        block(keys_CSKH[:, part], values_CSKH[:, part], is_visible_BTS[:, :, part])
         for part in (slice(2, 5), slice(0, 2))
     ]
     expected_BTNH = attend(q_BTNH, [whole])
@@ -55,7 +59,7 @@ def test_shared_key_rows_equal_repeated_ones_in_value_and_gradient():
 
     def loss(keys_CSKH, values_CSKH, num_repeats):
         keys, values = jnp.repeat(keys_CSKH, num_repeats, axis=0), jnp.repeat(values_CSKH, num_repeats, axis=0)
-        out_BTNH = attend(q_BTNH, [attention.KeyBlock(keys, values, is_visible_BTS)])
+        out_BTNH = attend(q_BTNH, [block(keys, values, is_visible_BTS)])
         return jnp.sin(out_BTNH).sum(), out_BTNH
 
     gradient_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)

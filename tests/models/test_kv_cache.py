@@ -88,9 +88,10 @@ def test_write_puts_valid_tokens_side_by_side_and_leaves_the_rest_alone():
     # New row 0 goes to cache row 2, where its second token no longer fits; new row 1 to row 0, from the start.
     cache = kv_cache.write(cache, (new, -new), jnp.array([3, 0]), is_valid_BT, rows_B=jnp.array([2, 0]))
     expected_CS = np.array([[5, 6, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
-    expected = np.broadcast_to(expected_CS[None, :, :, None, None], cache.keys_LCSKH.shape)
-    np.testing.assert_array_equal(cache.keys_LCSKH, expected)
-    np.testing.assert_array_equal(cache.values_LCSKH, -expected)
+    expected_keys = np.broadcast_to(expected_CS[None, :, None, None, :], cache.keys_LCKHS.shape)
+    expected_values = np.broadcast_to(-expected_CS[None, :, None, :, None], cache.values_LCKSH.shape)
+    np.testing.assert_array_equal(cache.keys_LCKHS, expected_keys)
+    np.testing.assert_array_equal(cache.values_LCKSH, expected_values)
     np.testing.assert_array_equal(cache.lengths_B, [2, 2, 5])
 
 
