@@ -30,11 +30,13 @@ MUON_AXES = {
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """The rate rises linearly over `warmup_steps`, then falls linearly to `final_share` of itself."""
+    """The rate rises linearly over `warmup_steps`, stays, and falls linearly over the last `falling_share` of the steps
+    to `final_share` of itself."""
 
     name: str = "muon"  # a key of OPTIMIZERS
     learning_rate: float = 1e-3
     warmup_steps: int = 10
+    falling_share: float = 1.0  # 1: it falls from the end of the rise on
     final_share: float = 0.1
     weight_decay: float = 0.0
     momentum: float = 0.95  # Muon's; beta1 and beta2 are Adam's
@@ -46,9 +48,11 @@ class OptimizerConfig:
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The rate of optimizer step 0, 1, ...: the first one is 1 / `warmup_steps` of the full rate, not 0."""
     full, num_rising = config.learning_rate, max(config.warmup_steps, 1)
+    num_falling = max(min(round(config.falling_share * num_steps), num_steps - num_rising), 1)
     rise = optax.linear_schedule(full / num_rising, full, num_rising - 1)
-    fall = optax.linear_schedule(full, full * config.final_share, max(num_steps - num_rising, 1))
-    return optax.join_schedules([rise, fall], [num_rising - 1])
+    fall = optax.linear_schedule(full, full * config.final_share, num_falling)
+    start_of_fall = max(num_steps - 1 - num_falling, num_rising - 1)
+    return optax.join_schedules([rise, optax.constant_schedule(full), fall], [num_rising - 1, start_of_fall])
 
 
 def _muon_axes(params):

@@ -15,6 +15,13 @@ def test_the_rate_rises_from_its_first_step_on_and_falls_to_its_final_share():
     np.testing.assert_allclose([schedule(step) for step in range(6)], [0.05, 0.1, 0.055, 0.01, 0.01, 0.01], rtol=1e-5)
 
 
+def test_the_rate_may_stay_up_until_the_last_steps():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, falling_share=0.5, final_share=0.1)
+    schedule = learning_rate_schedule(config, num_steps=8)
+    rates = [schedule(step) for step in range(9)]
+    np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.1, 0.0775, 0.055, 0.0325, 0.01, 0.01], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_as_large_as_the_rate_says(name):
     params = init_params(MODELS["tiny"], jax.random.key(0))
