@@ -106,8 +106,8 @@ def build_experts(config: RunConfig) -> Callable[[str], Expert]:
 
 
 def build_components(config: RunConfig) -> Components:
-    """ValueError for what `check_config` refuses, a rendering, tokenizer directory or corpus that is not there, and endpoints that
-    cannot be had."""
+    """ValueError for what `check_config` refuses, and a rendering, tokenizer directory, corpus or endpoints file that
+    is not there."""
     check_config(config)
     chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
     vocab_size = -(-chat.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

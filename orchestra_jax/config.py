@@ -58,7 +58,7 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 400
+    num_steps: int = 440
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts
@@ -79,7 +79,9 @@ class GrpoConfig:
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
     logprob_chunk: int = 256
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=6e-4, falling_share=0.7)
+    )
 
 
 @dataclasses.dataclass

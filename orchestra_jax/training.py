@@ -37,7 +37,6 @@ from orchestra_jax.seeds import derive_seed
 from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
-
 WARM_START_REPORT_EVERY = 10  # steps
 
 

@@ -1,6 +1,7 @@
-"""The shape of a dense Qwen3 model, and the named sizes. Not the mesh, not the weights, not the kernels' choice.
+"""The shape of a dense decoder (Qwen3, Qwen2.5, Llama 3.x), and the named sizes. Not the mesh, not the weights.
 
-Source of the numbers: the `config.json` of the published dense Qwen3 checkpoints.
+Source of the numbers: the `config.json` of the published dense Qwen3 checkpoints. Any other checkpoint of the three
+families brings its own (huggingface.py).
 """
 
 from __future__ import annotations
@@ -9,8 +10,32 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context that the weights were trained for (rotary.py).
+
+    `kind` is a key of `rotary.FREQUENCIES`; the fields behind `original_max_position` belong to one kind each.
+    """
+
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    # yarn: full rotations within the original context above which a pair is left alone, and below which it is
+    # interpolated altogether; whether these bounds are whole pairs; what cosines and sines are multiplied by.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    is_truncated: bool = True
+    attention_factor: float = 1.0
+    # llama3: wavelengths, as parts of the original context, between which a pair is interpolated in part
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides what the forward pass computes. Hashable, so it passes through jit as a static value.
+
+    Qwen3 norms each query and key head (`has_qk_norm`); Qwen2.5 and Llama do not, and Qwen2.5 adds a bias to queries,
+    keys and values (`has_qkv_bias`).
 
     `parameter_dtype` is how parameters are stored, `compute_dtype` what the matrix products run in; norms, the softmax
     and log-probabilities are always float32. `remat` names a key of `transformer.REMAT_POLICIES`. `max_position` is the
@@ -25,7 +50,10 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     norm_epsilon: float = 1e-6
+    has_qk_norm: bool = True
+    has_qkv_bias: bool = False
     is_tied: bool = True
     max_position: int = 40_960
     parameter_dtype: str = "float32"

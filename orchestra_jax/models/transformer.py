@@ -1,8 +1,9 @@
-"""The Qwen3 transformer: tokens -> hidden states and the new keys and values; hidden states -> log-probabilities.
+"""The transformer: tokens -> hidden states and the new keys and values; hidden states -> log-probabilities.
 
-Pre-norm blocks, x += attention(norm(x)); x += feed_forward(norm(x)), with RMSNorm on each query and key head before the
-rotary embedding, grouped-query attention, and SwiGLU. Source: Qwen3 technical report (arXiv:2505.09388) and the
-`qwen3` model of Hugging Face transformers, whose logits it reproduces. No dropout, no loss, no mesh, no weight files.
+Pre-norm blocks, x += attention(norm(x)); x += feed_forward(norm(x)), with grouped-query attention and SwiGLU. Qwen3
+norms each query and key head before the rotary embedding, Qwen2.5 has biases there, Llama neither. Source: Qwen3
+technical report (arXiv:2505.09388) and the `qwen3`, `qwen2` and `llama` models of Hugging Face transformers, whose
+logits it reproduces. No dropout, no loss, no mesh, no weight files.
 
 Legend: B rows, T new tokens, D hidden, N query heads, K key-value heads, H head dim, F feed-forward, L layers, V vocab,
 C cache rows, S cache slots, W tokens of a row that one chunk of the log-probabilities holds.
@@ -17,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from orchestra_jax.models import attention
+from orchestra_jax.models import attention, rotary
 from orchestra_jax.models.config import ModelConfig
 
 # What the backward pass finds stored from the forward pass of a layer; "none" stores all, without rematerialisation.
@@ -46,7 +47,7 @@ class Transformer(nn.Module):
         hidden_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
         hidden_BTD = nn.with_logical_constraint(hidden_BTD, ACTIVATIONS)
         context = {
-            "rotary": rotary(positions_BT, config.head_dim, config.rope_theta),
+            "rotary": rotary.rotary(positions_BT, config),
             "own": attention.own_visibility(positions_BT, segment_ids_BT),
         }
         cache_keys_values = None
@@ -104,8 +105,14 @@ class Attention(nn.Module):
         output_shape, output_names = (num_heads, head_dim, hidden), ("heads", "head_dim", "embed")
         output_NHD = _parameter(self, "output", output_shape, output_names, num_heads * head_dim)
         q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, weight) for weight in (query_DNH, key_DKH, value_DKH))
-        q_BTNH = rotate(RMSNorm(config, "head_dim", name="query_norm")(q_BTNH), context["rotary"])
-        k_BTKH = rotate(RMSNorm(config, "head_dim", name="key_norm")(k_BTKH), context["rotary"])
+        if config.has_qkv_bias:
+            q_BTNH = _add_bias(self, "query_bias", q_BTNH, "heads")
+            k_BTKH = _add_bias(self, "key_bias", k_BTKH, "kv_heads")
+            v_BTKH = _add_bias(self, "value_bias", v_BTKH, "kv_heads")
+        if config.has_qk_norm:
+            q_BTNH = RMSNorm(config, "head_dim", name="query_norm")(q_BTNH)
+            k_BTKH = RMSNorm(config, "head_dim", name="key_norm")(k_BTKH)
+        q_BTNH, k_BTKH = (rotary.rotate(x, context["rotary"]) for x in (q_BTNH, k_BTKH))
         blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
         if cache_keys_values is not None:
             blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
@@ -147,6 +154,12 @@ def _parameter(module, name, shape, logical_names, fan_in):
     return module.param(name, initializer, shape, jnp.dtype(module.config.parameter_dtype))
 
 
+def _add_bias(module, name, x_BTNH, heads_name):
+    initializer = nn.with_logical_partitioning(nn.initializers.zeros, (heads_name, "head_dim"))
+    bias_NH = module.param(name, initializer, x_BTNH.shape[2:], jnp.dtype(module.config.parameter_dtype))
+    return x_BTNH + bias_NH.astype(x_BTNH.dtype)[None, None]
+
+
 def project(x_BTI, weight_IO, num_contracted=1):
     """x . weight over x's last and the weight's first `num_contracted` dims, in x's dtype.
 
@@ -165,20 +178,6 @@ def _rematerialised_block(remat):
         raise ValueError(f"remat={remat!r} is not one of {sorted([*REMAT_POLICIES, 'none'])}")
     # Inside scan nothing can be merged with the forward pass, so the guard against it would only cost time.
     return nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-
-
-def rotary(positions_BT, head_dim, theta):
-    """(cos, sin), each float32 [B, T, 1, H / 2]: angle = position * theta ** (-2 i / H)."""
-    frequencies_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles_BTH = positions_BT[:, :, None].astype(jnp.float32) * frequencies_H[None, None, :]
-    return jnp.cos(angles_BTH)[:, :, None, :], jnp.sin(angles_BTH)[:, :, None, :]
-
-
-def rotate(x_BTNH, cos_and_sin):
-    """Turns the pairs (x[i], x[i + H/2]), the order of Hugging Face's weights, by their angle."""
-    cos, sin = cos_and_sin
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 def init_params(config: ModelConfig, key):
