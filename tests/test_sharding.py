@@ -43,9 +43,9 @@ def test_mistakes_are_named():
 
 
 SHARDED_EQUALS_UNSHARDED = """
-import dataclasses, jax, jax.numpy as jnp, numpy as np
+import dataclasses, jax, jax.numpy as jnp, numpy as np, os
 from orchestra_jax import sharding
-from orchestra_jax.models import kv_cache, transformer
+from orchestra_jax.models import huggingface, kv_cache, transformer
 from orchestra_jax.models.config import MODELS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -77,6 +77,15 @@ for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tenso
     num_splits = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     assert query.addressable_shards[0].data.size * num_splits == query.size
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), actual, expected)
+
+directory = os.environ["GOLDEN"]
+_, whole = huggingface.load_pretrained(directory)
+mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+_, loaded = huggingface.load_pretrained(directory, mesh)
+jax.tree.map(np.testing.assert_array_equal, loaded, whole)
+query = loaded["layers"]["attention"]["query"]
+assert query.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor", None), query.sharding
+assert query.addressable_shards[0].data.size * 4 == query.size
 print("sharded equals unsharded")
 """
 
@@ -84,6 +93,7 @@ print("sharded equals unsharded")
 @pytest.mark.slow
 def test_sharded_equals_unsharded_on_eight_devices():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment["GOLDEN"] = str(pathlib.Path(__file__).parent / "golden" / "qwen3_untied")
     environment["PYTHONPATH"] = str(pathlib.Path(sharding.__file__).parents[1])
     result = subprocess.run(
         [sys.executable, "-c", SHARDED_EQUALS_UNSHARDED], env=environment, capture_output=True, text=True, timeout=300

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -249,33 +249,47 @@ def load_pretrained(directory: str | pathlib.Path, mesh: Mesh | None = None) -> 
 def save_pretrained(
     model: Transformer, params, directory: str | pathlib.Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes config.json and safetensors, sharded with an index if they exceed `max_shard_bytes`.
+    """Writes config.json and safetensors, which transformers and SGLang load.
 
     Host memory: one shard. ValueError if the directory holds weights already.
+    """
+    write_directory(model.config, _theirs(model.config, _flat(params)), directory, max_shard_bytes)
+
+
+def write_directory(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    directory: str | pathlib.Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes config.json and the named tensors, in shards with an index if they exceed `max_shard_bytes`.
+
+    ValueError if the directory holds weights already.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} holds weights already: choose another directory")
-    (directory / "config.json").write_text(json.dumps(config_fields(model.config), indent=2) + "\n", encoding="utf-8")
-    shards, weight_map, total = [], {}, 0
-    shard, shard_bytes = {}, 0
+    (directory / "config.json").write_text(json.dumps(config_fields(config), indent=2) + "\n", encoding="utf-8")
+    shards: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    total = 0
 
     def write_shard():
         save_file(shard, directory / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
         shards.append(list(shard))
+        shard.clear()
 
-    for name, array in _theirs(model.config, _flat(params)):
-        if shard and shard_bytes + array.nbytes > max_shard_bytes:
+    for name, array in tensors:
+        if shard and sum(each.nbytes for each in shard.values()) + array.nbytes > max_shard_bytes:
             write_shard()
-            shard, shard_bytes = {}, 0
         shard[name] = array
-        shard_bytes += array.nbytes
         total += array.nbytes
     write_shard()
     if len(shards) == 1:
         (directory / "part-0.safetensors").rename(directory / "model.safetensors")
         return
+    weight_map = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"part-{number}.safetensors").rename(directory / file)

@@ -18,7 +18,7 @@ QWEN3, QWEN2, LLAMA = (
     (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM"))
     for name in ("Qwen3", "Qwen2", "Llama")
 )
-SHAPE = {"vocab_size": 37, "intermediate_size": 28, "num_hidden_layers": 2, "max_position_embeddings": 128}
+SHAPE = {"vocab_size": 38, "intermediate_size": 28, "num_hidden_layers": 2, "max_position_embeddings": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
