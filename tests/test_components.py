@@ -71,6 +71,13 @@ def test_a_mistake_in_the_config_is_one_sentence(path, value, told):
         build_components(config)
 
 
+def test_episodes_beyond_the_models_context_are_refused():
+    config = small_config()
+    config.episode.max_tokens = config.jax_engine.max_tokens = 5000
+    with pytest.raises(ValueError, match="episode.max_tokens 5000 is beyond the 4096 of 'tiny'"):
+        build_components(config)
+
+
 def test_weights_take_the_place_of_the_preferences():
     (preference,) = build_preferences((2.0, 1.0, 1.0))
     assert preference.weights == {"outcome": 0.5, "cost_usd": 0.25, "latency_s": 0.25, "disallowed_calls": 0.0}
@@ -108,7 +115,7 @@ def test_the_engine_is_the_one_that_is_named(monkeypatch):
     monkeypatch.setitem(module.ENGINES, "scripted", lambda *arguments: made.append(arguments) or "the engine")
     config = small_config()
     config.engine = "scripted"
-    config.episode.max_tokens = 5000  # no size of the embedded engine binds another one
+    config.episode.max_tokens = 4096  # no size of the embedded engine binds another one
     parts = build_components(config)
     assert build_engine(config, parts, "params", 7) == "the engine"
     assert made == [(config, parts, "params", 7)]

@@ -86,6 +86,11 @@ jax.tree.map(np.testing.assert_array_equal, loaded, whole)
 query = loaded["layers"]["attention"]["query"]
 assert query.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor", None), query.sharding
 assert query.addressable_shards[0].data.size * 4 == query.size
+try:
+    huggingface.load_pretrained(directory, sharding.make_mesh({"tensor": 4}))
+    raise AssertionError("a mesh that does not divide the key heads was taken")
+except ValueError as error:
+    assert "layers/attention/key has 2 entries in dim 2" in str(error) or "embedding has 38" in str(error), error
 print("sharded equals unsharded")
 """
 

@@ -39,7 +39,7 @@ class ModelConfig:
 
     `parameter_dtype` is how parameters are stored, `compute_dtype` what the matrix products run in; norms, the softmax
     and log-probabilities are always float32. `remat` names a key of `transformer.REMAT_POLICIES`. `max_position` is the
-    longest position the weights were trained for: callers bound their sequences with it.
+    context length that config.json names: components.check_config bounds the episodes with it.
     """
 
     vocab_size: int
@@ -85,6 +85,6 @@ MODELS = {
     ),
     # For tests: every dimension differs from the others, so a swapped axis cannot go unseen.
     "tiny": ModelConfig(
-        37, 20, 28, 3, 4, 2, 6, rope_theta=10_000.0, max_position=128, compute_dtype="float32", remat="none"
+        37, 20, 28, 3, 4, 2, 6, rope_theta=10_000.0, max_position=4096, compute_dtype="float32", remat="none"
     ),
 }

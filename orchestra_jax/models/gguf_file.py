@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tqdm import tqdm
 
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.huggingface import FAMILIES, write_directory
+from orchestra_jax.models.huggingface import write_directory
+from orchestra_jax.models.huggingface_config import FAMILIES
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTER_NAMES = {
@@ -78,7 +79,11 @@ def convert(path: str | pathlib.Path, directory: str | pathlib.Path) -> None:
                 array = halves_from_pairs(array, config.head_dim)
             yield name, np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
 
-    write_directory(config, tensors(), directory)
+    token_ids = {
+        f"{name}_token_id": fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    write_directory(config, tensors(), directory, token_ids)
     tokenizer.save(str(pathlib.Path(directory) / "tokenizer.json"))
     write_tokenizer_config(fields, directory)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from experiments import import_gguf
-from orchestra_jax.models import gguf_file, huggingface
+from orchestra_jax.models import gguf_file, huggingface, huggingface_config
 from orchestra_jax.models.config import RopeScaling
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -68,11 +68,11 @@ def write_gguf(path, family, tensors, config, **fields):
 @pytest.mark.parametrize(("family", "golden"), [("llama", "llama3"), ("qwen2", "qwen2"), ("qwen3", "qwen3_untied")])
 def test_weights_config_and_tokenizer_come_back(family, golden, tmp_path):
     tensors = load_file(GOLDEN / golden / "model.safetensors")
-    config = huggingface.read_config(GOLDEN / golden)
+    config = huggingface_config.read_config(GOLDEN / golden)
     file = tmp_path / "model.gguf"
     write_gguf(file, family, tensors, config)
     gguf_file.convert(file, tmp_path / "out")
-    read = huggingface.read_config(tmp_path / "out")
+    read = huggingface_config.read_config(tmp_path / "out")
     assert (read.num_layers, read.num_kv_heads, read.has_qk_norm, read.has_qkv_bias, read.is_tied) == (
         config.num_layers, config.num_kv_heads, config.has_qk_norm, config.has_qkv_bias, config.is_tied,
     )  # fmt: skip
@@ -88,7 +88,10 @@ def test_weights_config_and_tokenizer_come_back(family, golden, tmp_path):
 
 
 def test_what_is_not_supported_is_named(tmp_path, monkeypatch, capsys):
-    tensors, config = load_file(GOLDEN / "qwen2" / "model.safetensors"), huggingface.read_config(GOLDEN / "qwen2")
+    tensors, config = (
+        load_file(GOLDEN / "qwen2" / "model.safetensors"),
+        huggingface_config.read_config(GOLDEN / "qwen2"),
+    )
     file = tmp_path / "model.gguf"
     for arguments, told in (
         (("gemma", {}), "architecture 'gemma' is not supported"),
