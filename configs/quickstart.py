@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Costs about 13 minutes and 1.3 GB. README.md says what it reaches.
+Costs about 17 minutes and 1.4 GB. README.md says what it reaches.
 """
 
 from orchestra_jax.config import RunConfig
