@@ -81,7 +81,9 @@ def check_config(config: RunConfig) -> None:
             raise ValueError(f"episode.{name} {needed} does not fit jax_engine.{name} {there}: raise the engine's")
     longest = MODELS[config.model].max_position
     if config.episode.max_tokens > longest:
-        raise ValueError(f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}")
+        raise ValueError(
+            f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
+        )
     if config.checkpoint_every < 1 or config.grpo.group_size < 2:
         raise ValueError(
             f"checkpoint_every {config.checkpoint_every} must be 1 or more, and grpo.group_size "
