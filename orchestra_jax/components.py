@@ -28,8 +28,8 @@ from orchestra_jax.grpo.loss import AGGREGATIONS
 from orchestra_jax.models.config import MODELS, ModelConfig
 from orchestra_jax.optimizers import OPTIMIZERS
 from orchestra_jax.rewards.preference import RANGE_RULES, Objective
-from orchestra_jax.tools.local_search import LocalSearch
-from orchestra_jax.tools.python_sandbox import PythonSandbox
+from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
+from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.toolbox import Toolbox
 
 VOCAB_MULTIPLE = 32  # the embedding is padded to it

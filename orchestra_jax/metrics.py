@@ -41,6 +41,12 @@ METRICS = {
     "calls/per_rollout": "tool calls per rollout",
     "calls/refused_share": "share of calls that were not allowed or not understood",
     "calls/<preference>/<tool>": "calls of this tool or model per rollout with this preference",
+    "calls/reason/<reason>": "share of calls that did not end well for this reason (types.Reason)",
+    # Of the rollouts of instances with a budget.
+    "budget/violation_rate": "share of rollouts that cost or took more than their budget",
+    "budget/refused_share": "share of rollouts with a call that the budget refused or cut",
+    "budget/used_share": "mean share of the tighter limit that was used",
+    "spend/total_usd": "real money that the run has spent so far",
     "episode/completion_tokens": "tokens per rollout after the prompt",
     "episode/prompt_tokens": "tokens of the prompt",
     "episode/status/<status>": "share of rollouts that ended so (types.EpisodeStatus)",

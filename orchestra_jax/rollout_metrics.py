@@ -14,7 +14,8 @@ import numpy as np
 from orchestra_jax.data.records import Instance
 from orchestra_jax.grpo.scoring import ScoredGroups
 from orchestra_jax.rewards.preference import Objective, objective_vector, utility
-from orchestra_jax.types import CallStatus, EpisodeStatus, Trajectory, TrajectoryGroup
+from orchestra_jax.tools.ledger import replay_receipts
+from orchestra_jax.types import CallStatus, EpisodeStatus, Reason, Trajectory, TrajectoryGroup
 
 TRUNCATED = (EpisodeStatus.TOKEN_LIMIT, EpisodeStatus.TURN_LIMIT)
 
@@ -41,6 +42,7 @@ def rollout_metrics(
     return {
         **_scores(instances, groups, scored, objectives),
         **_calls(instances, groups, scored),
+        **_budgets(instances, groups, scored),
         **_episodes([each for each, is_valid in zip(rollouts, scored.valid_PG.flat, strict=True) if is_valid]),
         **_statuses(rollouts),
         **_filters(scored, rollouts),
@@ -91,7 +93,8 @@ def _calls(instances, groups, scored: ScoredGroups) -> dict[str, float]:
         for record in (record for each in rollouts for record in each.calls):
             if record.status == CallStatus.OK:
                 counts[preference][record.call.name] += 1
-                counts[preference][str(record.call.arguments["model"])] += 1
+                if "model" in record.call.arguments:
+                    counts[preference][str(record.call.arguments["model"])] += 1
     return {
         f"calls/{preference}/{name}": count / num_rollouts[preference]
         for preference, counter in counts.items()
@@ -99,14 +102,31 @@ def _calls(instances, groups, scored: ScoredGroups) -> dict[str, float]:
     }
 
 
+def _budgets(instances, groups, scored: ScoredGroups) -> dict[str, float]:
+    violated, refused, used = [], [], []
+    for instance, group, valid_G in zip(instances, groups, scored.valid_PG, strict=True):
+        budget = instance.budget
+        if not budget.is_limited:
+            continue
+        for each in (group.trajectories[g] for g in np.flatnonzero(valid_G)):
+            totals = replay_receipts(each.receipts)
+            used.append(max(totals.cost_usd / budget.cost_usd, totals.latency_s / budget.latency_s))
+            violated.append(totals.cost_usd > budget.cost_usd or totals.latency_s > budget.latency_s)
+            refused.append(any(receipt.reason == Reason.OVER_BUDGET for receipt in each.receipts))
+    named = {"violation_rate": violated, "refused_share": refused, "used_share": used}
+    return {f"budget/{name}": float(np.mean(values)) for name, values in named.items() if values}
+
+
 def _episodes(rollouts: Sequence[Trajectory]) -> dict[str, float]:
     if not rollouts:
         return {}
     calls = [record for each in rollouts for record in each.calls]
     sampled = np.concatenate([each.logprobs[each.loss_mask] for each in rollouts])
+    reasons = collections.Counter(receipt.reason for each in rollouts for receipt in each.receipts if receipt.reason)
     return {
         "calls/per_rollout": len(calls) / len(rollouts),
         "calls/refused_share": sum(record.status == CallStatus.REFUSED for record in calls) / max(len(calls), 1),
+        **{f"calls/reason/{reason}": count / max(len(calls), 1) for reason, count in reasons.items()},
         "episode/completion_tokens": float(np.mean([each.num_completion_tokens for each in rollouts])),
         "episode/prompt_tokens": float(np.mean([each.num_prompt_tokens for each in rollouts])),
         "episode/truncated_share": sum(each.status in TRUNCATED for each in rollouts) / len(rollouts),

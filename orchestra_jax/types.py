@@ -47,11 +47,35 @@ class CallStatus(enum.StrEnum):
     FAILED = "failed"  # the tool or its endpoint broke: says nothing about the policy
 
 
+class Reason(enum.StrEnum):
+    """Why a call did not end well, finer than its status. NONE for one that did."""
+
+    NONE = ""
+    UNKNOWN_TOOL = "unknown_tool"
+    NOT_JSON = "not_json"  # what stands between the call's tags is no call
+    WRONG_ARGUMENTS = "wrong_arguments"  # a type, a value or a missing field
+    EXTRA_FIELDS = "extra_fields"
+    TOO_LONG = "too_long"
+    TOO_MANY_CALLS = "too_many_calls"
+    NOT_ON_OFFER = "not_on_offer"
+    OVER_BUDGET = "over_budget"  # of the task
+    SPEND_CAP = "spend_cap"  # of the run
+    DEADLINE = "deadline"
+    RATE_LIMITED = "rate_limited"
+    SERVER_ERROR = "server_error"  # a status of 4xx or 5xx other than 429
+    NO_CONNECTION = "no_connection"  # none was made, or it was cut
+    UNREADABLE = "unreadable"  # a reply that is no JSON, or has nothing in it
+    NOT_RECORDED = "not_recorded"
+    INJECTED = "injected"  # a fault on demand
+
+
 @dataclasses.dataclass(frozen=True)
 class Receipt:
     """What one charge cost: a tool call, or the orchestrator's own tokens of one turn.
 
-    Prices carry their unit; `cost_usd` is what was charged, `service_s` the time the call took on the episode's clock.
+    Prices carry their unit; `cost_usd` is what was charged. A call that was tried again has one receipt: its tokens are
+    those of all attempts. Its time falls in three parts: `queue_s` waiting for a place under our own limits, `retry_s`
+    earlier attempts and the waits behind them, `service_s` the last attempt, on the episode's clock.
     """
 
     tool: str
@@ -65,6 +89,12 @@ class Receipt:
     cost_usd: float
     service_s: float
     status: CallStatus = CallStatus.OK
+    queue_s: float = 0.0
+    retry_s: float = 0.0
+    attempt: int = 1  # the number of the last attempt; 0 for a call that never began
+    is_cache_hit: bool = False  # replayed from a recording: charged as recorded, paid by nobody
+    is_estimated: bool = False  # the endpoint gave no usable token counts
+    reason: Reason = Reason.NONE
 
 
 class StopReason(enum.StrEnum):

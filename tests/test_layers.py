@@ -65,7 +65,7 @@ JAX_FREE = (
 )
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
-HTTP_MODULES = ("generation.sglang_engine", "tools", "experts.endpoint")
+HTTP_MODULES = ("generation.sglang_engine", "tools", "experts.endpoint", "experts.chat_completion")
 HTTP_LIBRARIES = {
     "aiohttp",
     "anthropic",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from orchestra_jax.data.records import Instance, Offer, Preference, Task
+from orchestra_jax.data.records import Budget, Instance, Offer, Preference, Task
 from orchestra_jax.experts.catalog import EXPERTS
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.seeds import derive_seed
@@ -30,6 +30,17 @@ def draw_offers(config: WorldConfig, seed: int) -> tuple[Offer, ...]:
     return tuple(offers)
 
 
+def draw_budget(config: WorldConfig, seed: int) -> Budget:
+    """The limits of a task, each drawn from its levels; none where there are no levels."""
+    rng = np.random.default_rng(derive_seed(seed, "budget"))
+    limits = {
+        name: float(rng.choice(levels))
+        for name, levels in (("cost_usd", config.budget_levels_usd), ("latency_s", config.budget_levels_s))
+        if levels
+    }
+    return Budget(**limits)
+
+
 def make_instance(task: Task, preference: Preference, config: WorldConfig, seed: int) -> Instance:
     """The instance of `task` under `preference` for a draw `seed`.
 
@@ -42,4 +53,5 @@ def make_instance(task: Task, preference: Preference, config: WorldConfig, seed:
         preference=preference,
         offers=draw_offers(config, draw),
         seed=draw,
+        budget=draw_budget(config, draw),
     )

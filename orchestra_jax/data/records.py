@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,15 @@ class Preference:
         return self.weights.get("disallowed_calls", 0.0) > 0
 
 
+ROLES = ("search", "enhance_reasoning", "answer")  # what an expert is called for; `answer` ends the episode
+
+
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """One expert as it is offered to one instance. `latency_s` is an `answer` call's; other roles take a share."""
+    """One expert as it is offered to one instance, for some roles.
+
+    `latency_s` is an `answer` call's where the expert answers (other roles take a share), else that of its own role.
+    """
 
     alias: str
     model: str
@@ -66,11 +73,24 @@ class Offer:
     input_usd_per_million_tokens: float
     output_usd_per_million_tokens: float
     latency_s: float
+    roles: tuple[str, ...] = ROLES
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The most that one task may cost and take. Infinite: no limit."""
+
+    cost_usd: float = math.inf
+    latency_s: float = math.inf
+
+    @property
+    def is_limited(self) -> bool:
+        return math.isfinite(self.cost_usd) or math.isfinite(self.latency_s)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """Task + preference + experts on offer with their prices and latencies: what the G rollouts of a group share.
+    """Task + preference + experts on offer with prices and latencies + budget: what the G rollouts of a group share.
 
     `seed` decides, with the expert and the rollout index, every draw of the simulated experts.
     """
@@ -80,6 +100,7 @@ class Instance:
     preference: Preference
     offers: tuple[Offer, ...]
     seed: int
+    budget: Budget = Budget()
 
     def offer(self, alias: str) -> Offer | None:
         return next((offer for offer in self.offers if offer.alias == alias), None)

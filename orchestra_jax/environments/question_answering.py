@@ -7,9 +7,10 @@ experts in the argument's description, as in the ToolOrchestra release, and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from orchestra_jax.data.records import Instance, Offer
+from orchestra_jax.data.records import Budget, Instance, Offer
 from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
 from orchestra_jax.rewards.outcome import score_answer
 from orchestra_jax.rewards.preference import Objective
@@ -61,27 +62,51 @@ def render_offers(offers: Sequence[Offer]) -> str:
     return f"{price_list(offers, has_place=True)}\n{latency_list(offers)}"
 
 
+def render_budget(budget: Budget) -> str:
+    """The limits of the task in one line; empty without any."""
+    limits = [f"${budget.cost_usd:g}"] if math.isfinite(budget.cost_usd) else []
+    limits += [f"{budget.latency_s:g}s"] if math.isfinite(budget.latency_s) else []
+    return " ".join(["budget", *limits]) if limits else ""
+
+
 def render_user_text(instance: Instance, has_table: bool) -> str:
-    """Question, preference and, if asked, the offers: they stand last, so as to be read in the light of both."""
+    """Question, preference, budget and, if asked, the offers: last, so as to be read in the light of the others."""
     lines = [instance.task.question, instance.preference.text]
+    if instance.budget.is_limited:
+        lines.append(render_budget(instance.budget))
     if has_table:
         lines.append(render_offers(instance.offers))
     return "\n".join(lines)
 
 
-def tool_schemas(toolbox: Toolbox, instance: Instance) -> list[dict]:
-    """The tools in the OpenAI function format, `model` restricted to the aliases on offer."""
-    model = {
+def tool_schemas(toolbox: Toolbox, instance: Instance, descriptions: Mapping[str, str] | None = None) -> list[dict]:
+    """The tools in the OpenAI function format.
+
+    The `model` of a delegating tool is restricted to the aliases that are on offer for it; `descriptions`, by model,
+    say what the models behind them are good at. Any other tool shows its own parameters.
+    """
+    schemas = []
+    for tool in toolbox.tools:
+        parameters = tool.parameters_schema
+        if parameters is PARAMETERS_SCHEMA:
+            offers = [offer for offer in instance.offers if tool.name in offer.roles]
+            parameters = {**parameters, "properties": {"model": _model_schema(offers, descriptions or {})}}
+        function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+        schemas.append({"type": "function", "function": function})
+    return schemas
+
+
+def _model_schema(offers: Sequence[Offer], descriptions: Mapping[str, str]) -> dict[str, object]:
+    known = [f"{offer.alias}: {descriptions[offer.model]}" for offer in offers if offer.model in descriptions]
+    description = (
+        "The expert that does the work. Who is on offer, by price per million tokens and by time of an "
+        f"answer:\n{render_offers(offers)}"
+    )
+    return {
         **PARAMETERS_SCHEMA["properties"]["model"],
-        "description": "The expert that does the work. Who is on offer, by price per million tokens and by time of an "
-        f"answer:\n{render_offers(instance.offers)}",
-        "enum": [offer.alias for offer in instance.offers],
+        "description": "\n".join([description, *known]),
+        "enum": [offer.alias for offer in offers],
     }
-    parameters = {**PARAMETERS_SCHEMA, "properties": {"model": model}}
-    return [
-        {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": parameters}}
-        for tool in toolbox.tools
-    ]
 
 
 def restate(instance: Instance) -> str:
@@ -94,18 +119,24 @@ def restate(instance: Instance) -> str:
 
 
 class QuestionAnswering:
-    """An `Environment` (environment.py). `is_compact` chooses between the two renderings."""
+    """An `Environment` (environment.py). `is_compact` chooses between the two renderings.
 
-    def __init__(self, toolbox: Toolbox, max_calls: int, is_compact: bool):
+    `descriptions` of models (experts/descriptions.py) stand in the tools' schemas, beside the aliases.
+    """
+
+    def __init__(
+        self, toolbox: Toolbox, max_calls: int, is_compact: bool, descriptions: Mapping[str, str] | None = None
+    ):
         self.toolbox = toolbox
         self.max_calls = max_calls
         self._is_compact = is_compact
+        self._descriptions = dict(descriptions or {})
 
     def prompt(self, instance: Instance) -> tuple[Sequence[Message], Sequence[dict]]:
         user = Message("user", render_user_text(instance, has_table=self._is_compact))
         if self._is_compact:
             return [user], []
-        return [Message("system", SYSTEM_TEXT), user], tool_schemas(self.toolbox, instance)
+        return [Message("system", SYSTEM_TEXT), user], tool_schemas(self.toolbox, instance, self._descriptions)
 
     def is_evidence_present(self, instance: Instance, evidence: Evidence) -> bool:
         return is_evidence_present(instance, evidence)

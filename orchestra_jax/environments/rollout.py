@@ -8,7 +8,6 @@ appended with mask 0; nothing is rendered twice and no text is tokenised again.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Sequence
 
@@ -19,9 +18,11 @@ from orchestra_jax.chat import Chat
 from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.environment import Environment
 from orchestra_jax.generation.engine import Completion, Engine, Sampling
+from orchestra_jax.tools.budget import Allowance, rest_text
 from orchestra_jax.tools.ledger import ORCHESTRATOR, Ledger, make_receipt
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
-from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, StopReason, ToolCall, Trajectory
+from orchestra_jax.tools.toolbox import refused
+from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Reason, StopReason, ToolCall, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class RolloutConfig:
     temperature: float
     orchestrator_usd_per_million_tokens: float
     orchestrator_tokens_per_s: float
+    ends_on_tool_failure: bool = True  # else the policy sees the failure and goes on
+    should_correct_calls: bool = False  # a call that cannot be read is told so; else the turn ends the episode
 
 
 class TokenStream:
@@ -153,17 +156,33 @@ async def _run_turn(
     if completion.stop_reason == StopReason.LENGTH:
         return EpisodeStatus.TOKEN_LIMIT
     turn = chat_format.parse_turn(chat, completion.tokens)
-    if not (turn.is_well_formed and turn.calls):
+    if not (turn.calls and (turn.is_well_formed or config.should_correct_calls)):
         return EpisodeStatus.MALFORMED
     num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
     calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
-    context = ToolContext(instance, rollout_index, episode.evidence)
-    results = await asyncio.gather(*(environment.toolbox.call(call, context) for call in calls))
+    allowance = Allowance(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else None
+    context = ToolContext(instance, rollout_index, episode.evidence, len(episode.calls), allowance)
+    results = await environment.toolbox.call_together(calls[:num_allowed], context)
+    results += [refused(call.name, call.error, Reason.TOO_MANY_CALLS) for call in calls[num_allowed:]]
     return _record(episode, instance, environment, chat, config, calls, results)
 
 
 def _one_too_many(call: ToolCall) -> ToolCall:
     return dataclasses.replace(call, error="no more calls are allowed in this turn")
+
+
+def _is_broken(result: ToolResult) -> bool:
+    """Whether infrastructure failed; a call that the task's own budget cut did not."""
+    is_cut_by_budget = result.receipt.reason == Reason.OVER_BUDGET
+    return result.status in (CallStatus.FAILED, CallStatus.TIMEOUT) and not is_cut_by_budget
+
+
+def _shown(environment: Environment, config: RolloutConfig, result: ToolResult, rest: str) -> str:
+    """What of a result the policy reads: the whole sentence where it is to mend its call, and the rest of the budget."""
+    is_refused = config.should_correct_calls and result.status == CallStatus.REFUSED
+    is_told = is_refused or result.receipt.reason == Reason.OVER_BUDGET
+    text = result.text if is_told else environment.observation(result.text, result.summary)
+    return "\n".join(part for part in (text, rest) if part)
 
 
 def _record(
@@ -180,14 +199,15 @@ def _record(
         episode.calls.append(CallRecord(call, result.text, result.status, is_present))
         if result.answer is not None and episode.answer is None:
             episode.answer = result.answer
-    if any(result.status in (CallStatus.FAILED, CallStatus.TIMEOUT) for result in results):
+    if config.ends_on_tool_failure and any(map(_is_broken, results)):
         return EpisodeStatus.TOOL_FAILURE
     if episode.answer is not None:
         return EpisodeStatus.ANSWERED
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
     forced = [] if episode.stream.tokens[-1] == chat.end_of_turn_id else [chat.end_of_turn_id]
-    shown = [environment.observation(result.text, result.summary) for result in results]
+    rest = rest_text(instance.budget, episode.ledger.totals())
+    shown = [_shown(environment, config, result, rest) for result in results]
     given = forced + chat_format.encode_observation(chat, shown)
     if len(episode.stream.tokens) + len(given) >= config.max_tokens:
         return EpisodeStatus.TOKEN_LIMIT

@@ -25,7 +25,7 @@ from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.evaluation.baselines import scores
 from orchestra_jax.evaluation.oracle import STATISTICS
 from orchestra_jax.rewards.preference import Objective, objective_vector, utility
-from orchestra_jax.tools.ledger import ORCHESTRATOR
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR
 from orchestra_jax.types import Trajectory, TrajectoryGroup
 
 REALISED = ("accuracy", "cost_usd", "latency_s", "utility")
@@ -250,7 +250,7 @@ def group_with_texts(
 
 
 def _call_lines(trajectory):
-    receipts = [receipt for receipt in trajectory.receipts if receipt.tool != ORCHESTRATOR]
+    receipts = [receipt for receipt in trajectory.receipts if receipt.tool not in (ORCHESTRATOR, JUDGE)]
     for record, receipt in zip(trajectory.calls, receipts, strict=True):
         arguments = ", ".join(f"{name}={value}" for name, value in record.call.arguments.items())
         result = textwrap.shorten(record.result_text, NUM_RESULT_CHARACTERS, placeholder=" ...")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-ROLES = ("search", "enhance_reasoning", "answer")  # the three tools of the release; `answer` ends the episode
+from orchestra_jax.data.records import ROLES as ROLES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from orchestra_jax.data.records import Instance
-from orchestra_jax.experts.expert import Expert, ExpertReply, ExpertRequest
+from orchestra_jax.data.records import Instance, Offer
+from orchestra_jax.experts.expert import BoundedExpert, Expert, ExpertReply, ExpertRequest
 from orchestra_jax.rewards.outcome import holds_evidence
-from orchestra_jax.tools.ledger import make_receipt
-from orchestra_jax.tools.local_search import LocalSearch
-from orchestra_jax.tools.python_sandbox import ProgramStatus, PythonSandbox
+from orchestra_jax.tools.budget import Quote
+from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
+from orchestra_jax.tools.sandbox.python_sandbox import ProgramStatus, PythonSandbox
+from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
-from orchestra_jax.types import CallStatus, Receipt
+from orchestra_jax.types import CallStatus, Reason, Receipt
 
 NUM_SEARCH_RESULTS = 3
 PARAMETERS_SCHEMA = {
@@ -49,32 +50,57 @@ class _Delegation:
     def __init__(self, experts: Callable[[str], Expert]):
         self._experts = experts
 
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        """What the expert's own bound costs at the offer's prices; 0 for one that has no bound."""
+        offer = self._offer(arguments, context)
+        expert = self._experts(offer.model) if offer else None
+        if not isinstance(expert, BoundedExpert):
+            return Quote(0.0)
+        bound = expert.bound(self._request(offer, context))
+        prices = offer.input_usd_per_million_tokens, offer.output_usd_per_million_tokens
+        return Quote(token_cost_usd(bound.input_tokens, bound.output_tokens, *prices, 0.0), bound.latency_s)
+
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
-        alias = str(arguments["model"])
-        offer = context.instance.offer(alias)
+        offer = self._offer(arguments, context)
         if offer is None:
-            reason = f"{alias!r} is not on offer"
-            receipt = make_receipt(self.name, service_s=0.0, alias=alias, status=CallStatus.REFUSED)
-            return ToolResult(reason, "not on offer", receipt, CallStatus.REFUSED)
-        has_evidence = is_evidence_present(context.instance, context.evidence)
-        request = ExpertRequest(
-            self.name, context.instance, offer, context.evidence, has_evidence, context.rollout_index
-        )
-        reply = await self._experts(offer.model).reply(request)
+            return self._not_on_offer(str(arguments["model"]))
+        reply = await self._experts(offer.model).reply(self._request(offer, context))
         receipt = make_receipt(
             self.name,
             service_s=reply.latency_s,
-            alias=alias,
+            alias=offer.alias,
             model=offer.model,
             input_tokens=reply.input_tokens,
             output_tokens=reply.output_tokens,
             input_usd_per_million_tokens=offer.input_usd_per_million_tokens,
             output_usd_per_million_tokens=offer.output_usd_per_million_tokens,
             status=reply.status,
+            queue_s=reply.queue_s,
+            retry_s=reply.retry_s,
+            attempt=reply.attempt,
+            is_cache_hit=reply.is_cache_hit,
+            is_estimated=reply.is_estimated,
+            reason=reply.reason,
         )
         if reply.status != CallStatus.OK:
-            return ToolResult(f"{alias} gave no reply", str(reply.status), receipt, reply.status)
+            told = f"{offer.alias} gave no reply" + (f": {reply.reason}" if reply.reason else "")
+            return ToolResult(told, str(reply.status), receipt, reply.status)
         return await self._use(reply, receipt)
+
+    def _offer(self, arguments: dict[str, object], context: ToolContext) -> Offer | None:
+        """The offer under the alias, if it is one for this role."""
+        offer = context.instance.offer(str(arguments["model"]))
+        return offer if offer and self.name in offer.roles else None
+
+    def _request(self, offer: Offer, context: ToolContext) -> ExpertRequest:
+        has_evidence = is_evidence_present(context.instance, context.evidence)
+        return ExpertRequest(self.name, context.instance, offer, context.evidence, has_evidence, context.rollout_index)
+
+    def _not_on_offer(self, alias: str) -> ToolResult:
+        receipt = make_receipt(
+            self.name, service_s=0.0, alias=alias, status=CallStatus.REFUSED, attempt=0, reason=Reason.NOT_ON_OFFER
+        )
+        return ToolResult(f"{alias!r} is not on offer", "not on offer", receipt, CallStatus.REFUSED)
 
     async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
         raise NotImplementedError

@@ -7,11 +7,11 @@ Roles (ToolOrchestra section 3.1 and its release): `search` writes a query, `enh
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.tools.tool import Evidence
-from orchestra_jax.types import CallStatus
+from orchestra_jax.types import CallStatus, Reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,40 @@ class ExpertRequest:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertReply:
-    """`text` is the query, the program or the answer. A failed reply is charged for what it consumed."""
+    """`text` is the query, the program or the answer. A failed reply is charged for what it consumed.
+
+    Tokens are those of all attempts; `latency_s` is the last attempt, `retry_s` what went before it, `queue_s` the wait
+    under our own limits. The fields below `status` are those of a receipt (types.py).
+    """
 
     text: str
     input_tokens: int
     output_tokens: int
     latency_s: float
     status: CallStatus = CallStatus.OK
+    reason: Reason = Reason.NONE
+    queue_s: float = 0.0
+    retry_s: float = 0.0
+    attempt: int = 1
+    is_estimated: bool = False
+    is_cache_hit: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertBound:
+    """The most tokens that a reply can consume, and the seconds that it takes where they are known (else 0)."""
+
+    input_tokens: int
+    output_tokens: int
+    latency_s: float
 
 
 class Expert(Protocol):
     async def reply(self, request: ExpertRequest) -> ExpertReply: ...
+
+
+@runtime_checkable
+class BoundedExpert(Expert, Protocol):
+    """An expert that knows beforehand what a reply can cost: what a budget needs."""
+
+    def bound(self, request: ExpertRequest) -> ExpertBound: ...

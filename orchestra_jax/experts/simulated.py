@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from orchestra_jax.experts.catalog import EXPERTS
-from orchestra_jax.experts.expert import ExpertReply, ExpertRequest
+from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
 from orchestra_jax.experts.world import (
     FAMILY_INDEX,
     KIND_INDEX,
@@ -21,7 +21,7 @@ from orchestra_jax.experts.world import (
 )
 from orchestra_jax.seeds import derive_seed
 
-_COLUMN = {expert.alias: index for index, expert in enumerate(EXPERTS)}
+_COLUMN = {expert.model: index for index, expert in enumerate(EXPERTS)}
 
 
 class SimulatedExperts:
@@ -33,12 +33,17 @@ class SimulatedExperts:
 
     def success_probability(self, request: ExpertRequest) -> float:
         """The chance that this request is filled well; 0 for a writer whose tool cannot bring this task's evidence."""
-        task, column = request.instance.task, _COLUMN[request.offer.alias]
+        task, column = request.instance.task, _COLUMN[request.offer.model]
         family = FAMILY_INDEX[task.family]
         if request.role == "answer":
             kind = KIND_INDEX[task.kind]
             return float(self._skills.answer_FKEV[family, kind, column, int(request.is_evidence_present)])
         return float(self._skills.writer_FE[family, column]) if request.role == task.evidence_tool else 0.0
+
+    def bound(self, request: ExpertRequest) -> ExpertBound:
+        """Exact: what a reply consumes does not depend on whether it is right."""
+        tokens = call_tokens(self._config, request.role, request.is_evidence_present)
+        return ExpertBound(*tokens, call_latency_s(self._config, request.offer, request.role))
 
     async def reply(self, request: ExpertRequest) -> ExpertReply:
         seed = derive_seed(request.instance.seed, request.offer.alias, request.role, request.rollout_index)

@@ -57,6 +57,9 @@ class WorldConfig:
     reference_cost_usd: float = 0.012
     reference_latency_s: float = 50.0
     max_calls: int = 2
+    # A task's hard limits, drawn per instance; empty: there is none.
+    budget_levels_usd: tuple[float, ...] = ()
+    budget_levels_s: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ OpenAI function format that the Qwen3 chat template renders.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orchestra_jax.data.records import Instance
+from orchestra_jax.tools.budget import Allowance, Quote
 from orchestra_jax.types import CallStatus, Receipt
 
 
@@ -31,18 +32,25 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class ToolContext:
-    """What a call may know besides its arguments: the instance, which rollout of it this is, the evidence so far."""
+    """What a call may know besides its arguments: the instance, which rollout of it this is, the evidence so far.
+
+    `call_number` counts the episode's calls from 0, `attempt` the toolbox's attempts at this one from 1. `allowance` is
+    what the turn may still use; None: no limit.
+    """
 
     instance: Instance
     rollout_index: int
     evidence: Evidence
+    call_number: int = 0
+    attempt: int = 1
+    allowance: Allowance | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
     """What came back. `text` is the full result; `summary` is one line of it, for policies with short prompts.
 
-    `answer` is set by the terminal tool alone, and ends the episode.
+    `answer` is set by the terminal tool alone, and ends the episode. `retry_after_s` is what a busy endpoint asked for.
     """
 
     text: str
@@ -51,6 +59,7 @@ class ToolResult:
     status: CallStatus = CallStatus.OK
     evidence: Evidence = Evidence()
     answer: str | None = None
+    retry_after_s: float = 0.0
 
 
 class Tool(Protocol):
@@ -59,3 +68,10 @@ class Tool(Protocol):
     parameters_schema: dict[str, object]
 
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult: ...
+
+
+@runtime_checkable
+class PricedTool(Tool, Protocol):
+    """A tool that can say beforehand what a call costs at most: what a budget needs to refuse it in time."""
+
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote: ...

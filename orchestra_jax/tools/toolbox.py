@@ -1,28 +1,44 @@
-"""The tools of an environment behind one call: checks the name and the arguments, runs, limits the time.
+"""The tools of an environment behind one call: checks, budget, limits, retries, time.
 
-A call that cannot be run is *refused*, a tool that takes too long is a *timeout*: both are results that the policy
-sees, never exceptions. A bug inside a tool is an exception.
+A call that cannot be run or paid is *refused*, a tool that takes too long is a *timeout*, one that breaks has *failed*:
+all three are results that the policy sees in one short sentence, never exceptions; the receipt says which by its
+`reason`. A bug inside a tool is an exception.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
 
 import jsonschema
 
+from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import make_receipt
-from orchestra_jax.tools.tool import Tool, ToolContext, ToolResult
-from orchestra_jax.types import CallStatus, ToolCall
+from orchestra_jax.tools.limits import Attempt, Limiter, Limits, Outcome
+from orchestra_jax.tools.tool import PricedTool, Tool, ToolContext, ToolResult
+from orchestra_jax.types import CallStatus, Reason, ToolCall
+
+MAX_ARGUMENT_CHARS = 8_192
+MAX_MESSAGE_CHARS = 300
+NOT_RETRIED = (Reason.SPEND_CAP, Reason.NOT_RECORDED, Reason.OVER_BUDGET)  # another attempt ends the same way
 
 
 class Toolbox:
-    """ValueError for two tools of one name, or a parameters_schema that is no JSON schema."""
+    """`timeout_s` holds for every tool that `limits`, by name, does not give limits of its own.
 
-    def __init__(self, tools: Sequence[Tool], timeout_s: float):
+    ValueError for two tools of one name, limits for no tool, or a parameters_schema that is no JSON schema.
+    """
+
+    def __init__(self, tools: Sequence[Tool], timeout_s: float, limits: Mapping[str, Limits] | None = None):
         names = [tool.name for tool in tools]
         if len(set(names)) < len(names):
             raise ValueError(f"tools must have different names, got {names}")
+        if unknown := sorted(set(limits or {}) - set(names)):
+            raise ValueError(f"limits are given for {unknown}, which are no tools: the tools are {names}")
         self._tools = {tool.name: tool for tool in tools}
         self._validators = {}
         for tool in tools:
@@ -32,6 +48,7 @@ class Toolbox:
                 raise ValueError(f"tool {tool.name!r}: parameters_schema is no JSON schema: {error.message}") from error
             self._validators[tool.name] = jsonschema.Draft202012Validator(tool.parameters_schema)
         self._timeout_s = timeout_s
+        self._limiters = {name: Limiter(each) for name, each in (limits or {}).items()}
 
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -41,29 +58,111 @@ class Toolbox:
     def names(self) -> tuple[str, ...]:
         return tuple(self._tools)
 
+    async def call_together(self, calls: Sequence[ToolCall], context: ToolContext) -> list[ToolResult]:
+        """Runs the calls of one turn side by side; the results stand in their order."""
+        contexts = [dataclasses.replace(context, call_number=context.call_number + i) for i in range(len(calls))]
+        return await asyncio.gather(*map(self.call, calls, contexts))
+
     async def call(self, call: ToolCall, context: ToolContext) -> ToolResult:
         """Runs one call; the result says by its status how it went."""
-        reason = self._refusal(call)
+        reason, message = self._refusal(call)
         if reason:
-            return _without_effect(call.name, reason, CallStatus.REFUSED, 0.0)
+            return refused(call.name, message, reason)
+        tool = self._tools[call.name]
+        left_s = math.inf
+        if context.allowance is not None:
+            left_s = context.allowance.left_s
+            if message := context.allowance.admit(_quote(tool, call, context)):
+                return refused(call.name, message, Reason.OVER_BUDGET)
+        if call.name in self._limiters:
+            return await self._run_limited(tool, call, context, left_s)
+        timeout_s = min(self._timeout_s, left_s)
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                return await self._tools[call.name].run(call.arguments, context)
+            async with asyncio.timeout(timeout_s) as limit:
+                return await tool.run(call.arguments, context)
         except TimeoutError:
             if not limit.expired():  # the tool's own, which it should have turned into a status: a bug
                 raise
-            reason = f"{call.name} gave no result within {self._timeout_s:g} s"
-            return _without_effect(call.name, reason, CallStatus.TIMEOUT, self._timeout_s)
+            return _late(call.name, _quote(tool, call, context), timeout_s, timeout_s < self._timeout_s)
 
-    def _refusal(self, call: ToolCall) -> str:
+    async def _run_limited(self, tool: Tool, call: ToolCall, context: ToolContext, left_s: float) -> ToolResult:
+        attempts = itertools.count(1)
+
+        async def attempt() -> Attempt[ToolResult]:
+            result = await tool.run(call.arguments, dataclasses.replace(context, attempt=next(attempts)))
+            is_broken = result.status in (CallStatus.FAILED, CallStatus.TIMEOUT)
+            return Attempt(result, is_broken and result.receipt.reason not in NOT_RETRIED, result.retry_after_s)
+
+        limiter = self._limiters[call.name]
+        outcome = await limiter.run(attempt, left_s)
+        if outcome.is_late:
+            quote = _quote(tool, call, context) if outcome.num_attempts > len(outcome.values) else Quote(0.0)
+            late = _late(call.name, quote, min(left_s, limiter.limits.timeout_s), left_s < limiter.limits.timeout_s)
+            outcome.values.append(_with_time(late, outcome.service_s))
+        return _joined(outcome)
+
+    def _refusal(self, call: ToolCall) -> tuple[Reason, str]:
         if call.error:
-            return call.error
+            return Reason.NOT_JSON, call.error[:MAX_MESSAGE_CHARS]
         if call.name not in self._tools:
-            return f"there is no tool {call.name!r}; the tools are {', '.join(self._tools)}"
-        error = jsonschema.exceptions.best_match(self._validators[call.name].iter_errors(call.arguments))
-        return f"{call.name}: {error.message}" if error else ""
+            return Reason.UNKNOWN_TOOL, f"there is no tool {call.name[:40]!r}; the tools are {', '.join(self._tools)}"
+        num_chars = len(json.dumps(call.arguments, ensure_ascii=False))
+        if num_chars > MAX_ARGUMENT_CHARS:
+            return Reason.TOO_LONG, f"{call.name}: the arguments have {num_chars} characters of {MAX_ARGUMENT_CHARS}"
+        validator = self._validators[call.name]
+        if validator.is_valid(call.arguments):
+            return Reason.NONE, ""
+        error = jsonschema.exceptions.best_match(validator.iter_errors(call.arguments))
+        message = f"{call.name}: {error.message}"
+        if len(message) > MAX_MESSAGE_CHARS:  # it repeats the value
+            message = f"{call.name}: {'.'.join(map(str, error.path)) or 'the arguments'} breaks {error.validator!r}"
+        kinds = {"additionalProperties": Reason.EXTRA_FIELDS, "maxLength": Reason.TOO_LONG, "maxItems": Reason.TOO_LONG}
+        return kinds.get(error.validator, Reason.WRONG_ARGUMENTS), message[:MAX_MESSAGE_CHARS]
 
 
-def _without_effect(name: str, reason: str, status: CallStatus, service_s: float) -> ToolResult:
-    receipt = make_receipt(name, service_s=service_s, status=status)
-    return ToolResult(text=reason, summary=str(status), receipt=receipt, status=status)
+def _quote(tool: Tool, call: ToolCall, context: ToolContext) -> Quote:
+    return tool.quote(call.arguments, context) if isinstance(tool, PricedTool) else Quote(0.0)
+
+
+def refused(name: str, message: str, reason: Reason) -> ToolResult:
+    """A call that was not begun: free, and told why."""
+    receipt = make_receipt(name[:40], service_s=0.0, status=CallStatus.REFUSED, attempt=0, reason=reason)
+    return ToolResult(message, str(CallStatus.REFUSED), receipt, CallStatus.REFUSED)
+
+
+def _joined(outcome: Outcome[ToolResult]) -> ToolResult:
+    """The last attempt's result; its receipt has the tokens, the cost and the time of all of them."""
+    last = outcome.values[-1].receipt
+    receipts = [each.receipt for each in outcome.values]
+    earlier_s = (each.service_s + each.retry_s for each in receipts[:-1])
+    receipt = dataclasses.replace(
+        last,
+        input_tokens=sum(each.input_tokens for each in receipts),
+        output_tokens=sum(each.output_tokens for each in receipts),
+        fixed_cost_usd=math.fsum(each.fixed_cost_usd for each in receipts),
+        cost_usd=math.fsum(each.cost_usd for each in receipts),
+        queue_s=math.fsum((outcome.queue_s, *(each.queue_s for each in receipts))),
+        retry_s=math.fsum((last.retry_s, outcome.wait_s, *earlier_s)),
+        attempt=outcome.num_attempts,
+        is_estimated=any(each.is_estimated for each in receipts),
+    )
+    return dataclasses.replace(outcome.values[-1], receipt=receipt)
+
+
+def _late(name: str, quote: Quote, timeout_s: float, is_budget: bool) -> ToolResult:
+    """A call that was cut: charged with the most that it can have cost."""
+    reason = Reason.OVER_BUDGET if is_budget else Reason.DEADLINE
+    receipt = make_receipt(
+        name,
+        service_s=timeout_s,
+        fixed_cost_usd=quote.cost_usd,
+        status=CallStatus.TIMEOUT,
+        is_estimated=quote.cost_usd > 0,
+        reason=reason,
+    )
+    text = f"{name} gave no result within {'the ' if is_budget else ''}{timeout_s:g} s"
+    return ToolResult(f"{text}{' of the budget' if is_budget else ''}", "timeout", receipt, CallStatus.TIMEOUT)
+
+
+def _with_time(result: ToolResult, service_s: float) -> ToolResult:
+    return dataclasses.replace(result, receipt=dataclasses.replace(result.receipt, service_s=service_s))

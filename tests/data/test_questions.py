@@ -9,8 +9,8 @@ from orchestra_jax.data.questions import EVIDENCE_TOOL, FAMILIES, build_tasks
 from orchestra_jax.data.questions.facts import NUM_RESULTS
 from orchestra_jax.data.tables import read_countries, read_elements
 from orchestra_jax.rewards.outcome import holds_evidence, score_answer
-from orchestra_jax.tools.local_search import LocalSearch
-from orchestra_jax.tools.python_sandbox import ProgramStatus, PythonSandbox
+from orchestra_jax.tools.sandbox.python_sandbox import ProgramStatus, PythonSandbox
+from orchestra_jax.tools.search.local_search import LocalSearch
 
 NUM_PER_CELL = {"train": 12, "validation": 8, "test": 8}
 

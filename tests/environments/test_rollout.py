@@ -31,8 +31,8 @@ from orchestra_jax.experts.expert import ExpertReply
 from orchestra_jax.generation.engine import Completion
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
 from orchestra_jax.tools.ledger import ORCHESTRATOR, replay, split_turns
-from orchestra_jax.tools.local_search import LocalSearch
-from orchestra_jax.tools.python_sandbox import PythonSandbox
+from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
+from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallStatus, EpisodeStatus, Message, StopReason, ToolCall
 

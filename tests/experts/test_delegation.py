@@ -13,8 +13,8 @@ from orchestra_jax.experts.delegation import (
     is_evidence_present,
 )
 from orchestra_jax.experts.expert import ExpertReply
-from orchestra_jax.tools.local_search import LocalSearch
-from orchestra_jax.tools.python_sandbox import PythonSandbox
+from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
+from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.types import CallStatus
 

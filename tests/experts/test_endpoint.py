@@ -1,77 +1,22 @@
 """EndpointExpert against a real HTTP server on the loopback interface that speaks /v1/chat/completions."""
 
 import asyncio
-import http.server
 import json
-import threading
 
 import openai
 import pytest
 
 from orchestra_jax.data.records import Instance, Offer, Preference, Task
 from orchestra_jax.experts.delegation import Answer
-from orchestra_jax.experts.endpoint import EndpointExpert, extract, load_endpoints
+from orchestra_jax.experts.endpoint import EndpointExpert, load_endpoints
 from orchestra_jax.experts.expert import ExpertRequest
+from orchestra_jax.experts.roles import extract
 from orchestra_jax.tools.tool import Evidence, ToolContext
-from orchestra_jax.types import CallStatus
+from orchestra_jax.types import CallStatus, Reason
 
 OFFER = Offer("expert-1", "gpt-5", False, 2.0, 8.0, 1.0)
 TASK = Task("t/0", "geography", "one_hop", "What is the capital of France?", "Paris", "search", ("a",))
 INSTANCE = Instance("t/0", TASK, Preference("any", "Any.", {"outcome": 1.0}), (OFFER,), seed=0)
-
-
-class Endpoint(http.server.ThreadingHTTPServer):
-    """Answers every request as `respond(body)` says: (status, content type, body)."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.respond = None
-        self.requests = []
-        self.release = threading.Event()  # ends every hang
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections stay open, as those of real servers do
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.requests.append((self.path, headers, body))
-        status, content_type, text = self.server.respond(body)
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-        except ConnectionError:  # the client has hung up
-            self.close_connection = True
-
-    def log_message(self, *arguments):
-        pass
-
-
-def completion(content, usage=None):
-    usage = {"prompt_tokens": 70, "completion_tokens": 11, "total_tokens": 81} if usage is None else usage
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-    return 200, "application/json", json.dumps(body).encode()
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-        monkeypatch.delenv(variable.lower(), raising=False)
-    server = Endpoint()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.release.set()
-    server.shutdown()
-    server.server_close()
 
 
 def request(role, evidence=""):
@@ -95,7 +40,7 @@ REPLIES_BY_ROLE = {
 
 
 @pytest.mark.parametrize("role", REPLIES_BY_ROLE)
-def test_each_role_is_asked_and_read(endpoint, role, monkeypatch):
+def test_each_role_is_asked_and_read(endpoint, role, monkeypatch, completion):
     monkeypatch.setenv("SOME_KEY", "secret")
     content, expected = REPLIES_BY_ROLE[role]
     endpoint.respond = lambda body: completion(content)
@@ -112,7 +57,7 @@ def test_each_role_is_asked_and_read(endpoint, role, monkeypatch):
     assert TASK.answer not in system
 
 
-def test_without_evidence_none_is_mentioned(endpoint):
+def test_without_evidence_none_is_mentioned(endpoint, completion):
     endpoint.respond = lambda body: completion("<answer>Paris</answer>")
     ask(EndpointExpert(endpoint.url, "m"), request("answer"))
     assert endpoint.requests[0][2]["messages"][1]["content"] == f"Question: {TASK.question}"
@@ -144,7 +89,7 @@ def test_errors_of_the_server_are_retried_then_failed(endpoint):
     assert len(endpoint.requests) == 2 and reply.latency_s > 0
 
 
-def test_a_retry_can_succeed(endpoint):
+def test_a_retry_can_succeed(endpoint, completion):
     answers = iter([(503, "text/plain", b"busy"), completion("<answer>Paris</answer>")])
     endpoint.respond = lambda body: next(answers)
     (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=20, max_retries=1), request("answer"))
@@ -157,7 +102,7 @@ def test_a_refused_request_is_not_retried(endpoint):
     assert (reply.status, len(endpoint.requests)) == (CallStatus.FAILED, 1)
 
 
-def test_a_hang_ends_in_a_timeout_retries_included(endpoint):
+def test_a_hang_ends_in_a_timeout_retries_included(endpoint, completion):
     def hang(body):
         endpoint.release.wait(20)
         return completion("too late")
@@ -184,10 +129,11 @@ def test_a_hang_ends_in_a_timeout_retries_included(endpoint):
 def test_garbage_is_a_failed_reply(endpoint, garbage):
     endpoint.respond = lambda body: garbage
     (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=20, max_retries=0), request("answer"))
-    assert (reply.status, reply.text, reply.input_tokens) == (CallStatus.FAILED, "", 0)
+    assert (reply.status, reply.reason, reply.text) == (CallStatus.FAILED, Reason.UNREADABLE, "")
+    assert reply.is_estimated and reply.input_tokens > 0 == reply.output_tokens  # it was asked, and may bill it
 
 
-def test_an_empty_reply_is_failed_and_charged(endpoint):
+def test_an_empty_reply_is_failed_and_charged(endpoint, completion):
     endpoint.respond = lambda body: completion(None)
     expert = EndpointExpert(endpoint.url, "m")
     result = asyncio.run(Answer(lambda model: expert).run({"model": "expert-1"}, ToolContext(INSTANCE, 0, Evidence())))
@@ -203,20 +149,22 @@ def test_no_server_at_all_is_a_failed_reply(endpoint):
     assert reply.status == CallStatus.FAILED
 
 
-def test_counts_that_are_none_are_zero(endpoint):
+def test_counts_that_are_none_are_estimated(endpoint, completion):
     endpoint.respond = lambda body: completion("Paris", usage={"prompt_tokens": "7", "completion_tokens": -2})
     (reply,) = ask(EndpointExpert(endpoint.url, "m"), request("answer"))
-    assert (reply.text, reply.input_tokens, reply.output_tokens) == ("Paris", 0, 0)
+    sent = sum(len(message["content"]) for message in endpoint.requests[0][2]["messages"])
+    assert (reply.text, reply.output_tokens, reply.is_estimated) == ("Paris", 2, True)  # 5 bytes
+    assert sent / 4 <= reply.input_tokens <= sent / 4 + 2
 
 
-def test_one_expert_serves_one_event_loop_after_another(endpoint):
+def test_one_expert_serves_one_event_loop_after_another(endpoint, completion):
     endpoint.respond = lambda body: completion("Paris")
     expert = EndpointExpert(endpoint.url, "m", max_retries=0)
     for _ in range(3):
         assert asyncio.run(expert.reply(request("answer"))).status == CallStatus.OK
 
 
-def test_a_client_made_elsewhere_is_used(endpoint):
+def test_a_client_made_elsewhere_is_used(endpoint, completion):
     endpoint.respond = lambda body: completion("Paris")
 
     async def go():
@@ -235,7 +183,7 @@ def test_mistakes_are_named(monkeypatch):
         EndpointExpert("http://127.0.0.1:1/v1", "m", timeout_s=0)
 
 
-def test_a_file_says_which_models_have_an_endpoint(endpoint, tmp_path):
+def test_a_file_says_which_models_have_an_endpoint(endpoint, tmp_path, completion):
     endpoint.respond = lambda body: completion("<answer>Paris</answer>")
     path = tmp_path / "endpoints.json"
     path.write_text(json.dumps({"gpt-5": {"endpoint": endpoint.url, "model": "served"}}))

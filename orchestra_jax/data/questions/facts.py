@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from orchestra_jax.data import corpus
 from orchestra_jax.data.records import Task
 from orchestra_jax.data.tables import Country, Element, read_countries, read_elements
-from orchestra_jax.tools.local_search import LocalSearch
+from orchestra_jax.tools.search.local_search import LocalSearch
 
 NUM_RESULTS = 3  # what a query is judged by
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from orchestra_jax.data.records import Document
-from orchestra_jax.tools.local_search import LocalSearch
+from orchestra_jax.tools.search.local_search import LocalSearch
 
 DOCUMENTS = (
     Document("a", "Cats", "cats purr"),
@@ -66,7 +66,7 @@ def test_search_does_not_load_jax():
     program = (
         "import sys\n"
         "from orchestra_jax.data.records import Document\n"
-        "from orchestra_jax.tools.local_search import LocalSearch\n"
+        "from orchestra_jax.tools.search.local_search import LocalSearch\n"
         "LocalSearch([Document('a', 'cats', 'purr')]).search('cats', 1)\n"
         "print('jax' in sys.modules)\n"
     )
