@@ -20,17 +20,19 @@ INSTALL_REQUIRES = [
     "bm25s>=0.3",
     "jsonschema>=4.20",
     "openai>=2.8",
+    "httpx2>=2.0",  # what openai speaks HTTP with; web search does too
     "tqdm>=4.66",
     "matplotlib>=3.9",
 ]
 
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pandas>=2.2"]
 GGUF = ["gguf>=0.17"]
+TOOLS = ["mcp>=2.0", "faiss-cpu>=1.10", "pyseccomp>=0.1.2"]
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", *NOTEBOOKS, *GGUF],
+    "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", *NOTEBOOKS, *GGUF, *TOOLS],
     "notebooks": NOTEBOOKS,
-    "tools": ["mcp>=2.0", "faiss-cpu>=1.10"],
+    "tools": TOOLS,
     "parity": ["torch==2.13.0"],  # makes the golden files that the default tests read
     "gguf": GGUF,
     "cuda": ["jax[cuda12]"],

@@ -1,6 +1,6 @@
 """Limits of calls to one endpoint or tool: how many at once, how many a second, how often again, and until when.
 
-    wait before attempt n + 1 = max(uniform(1/2, 1) * min(longest_wait_s, first_wait_s * 2^(n - 1)), what the server asks)
+    wait behind attempt n = max(uniform(1/2, 1) * min(longest_wait_s, first_wait_s * 2^(n - 1)), what the server asks)
 
 The deadline covers everything: the queue, all attempts, and the waits between them. A server that asks for a pause
 (Retry-After) gets it from every call behind this limiter. A limiter serves one event loop after another, as a run does

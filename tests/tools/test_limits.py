@@ -53,10 +53,10 @@ def test_the_deadline_cuts_an_attempt_and_a_queue():
     assert outcome.service_s == pytest.approx(0.1, abs=0.09)
 
     async def go():
-        limiter = Limiter(Limits(0.2, max_concurrent=1))
+        limiter = Limiter(Limits(0.4, max_concurrent=1))
         first = asyncio.create_task(limiter.run(scripted(("a", False), work_s=30)))
         await asyncio.sleep(0.01)
-        return await limiter.run(scripted(("b", False))), await first
+        return await limiter.run(scripted(("b", False)), timeout_s=0.15), await first
 
     queued, _ = asyncio.run(go())
     assert (queued.is_late, queued.num_attempts, queued.service_s) == (True, 0, 0.0) and queued.queue_s > 0.1

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from orchestra_jax.tools.sandbox.python_sandbox import CUT_MARK, MAX_STDOUT_BYTES, ProgramStatus, PythonSandbox
+from orchestra_jax.tools.sandbox.program_server import CUT_MARK, MAX_STDOUT_BYTES
+from orchestra_jax.tools.sandbox.python_sandbox import ProgramStatus, PythonSandbox
 
 TIMEOUT_S = 0.8
 
