@@ -6,9 +6,9 @@ engine is made of weights, whenever there are some (`build_engine`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import RunConfig
@@ -18,31 +18,28 @@ from orchestra_jax.data.questions import build_tasks
 from orchestra_jax.data.records import Preference, Task
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
-from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search
-from orchestra_jax.experts.endpoint import load_endpoints
-from orchestra_jax.experts.expert import Expert
-from orchestra_jax.experts.simulated import SimulatedExperts
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.grpo.loss import AGGREGATIONS
 from orchestra_jax.models.config import MODELS, ModelConfig
 from orchestra_jax.optimizers import OPTIMIZERS
 from orchestra_jax.rewards.preference import RANGE_RULES, Objective
+from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
-from orchestra_jax.tools.search.local_search import LocalSearch
-from orchestra_jax.tools.toolbox import Toolbox
+from orchestra_jax.toolset import build_toolbox, load_descriptions
 
 VOCAB_MULTIPLE = 32  # the embedding is padded to it
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Close `sandbox` in the end."""
+    """Close `resources` (the sandbox, servers of tools) in the end."""
 
     chat: Chat
     model_config: ModelConfig  # with the tokenizer's vocabulary
     environment: QuestionAnswering
-    sandbox: PythonSandbox
+    resources: contextlib.ExitStack
+    account: Account  # real money
     objectives: tuple[Objective, ...]
     rollout: RolloutConfig
     train_tasks: tuple[Task, ...]
@@ -102,14 +99,6 @@ def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
     return (dataclasses.replace(PREFERENCES["balanced"], weights=named),)
 
 
-def build_experts(config: RunConfig) -> Callable[[str], Expert]:
-    """The expert that stands behind each model of the catalog."""
-    simulated = SimulatedExperts(config.world)
-    path = config.experts.endpoints_path
-    endpoints: dict[str, Expert] = dict(load_endpoints(path)) if path else {}
-    return lambda model: endpoints.get(model, simulated)
-
-
 def build_components(config: RunConfig) -> Components:
     """ValueError for what `check_config` refuses, and a rendering, tokenizer directory, corpus or endpoints file that
     is not there."""
@@ -117,21 +106,19 @@ def build_components(config: RunConfig) -> Components:
     chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
     vocab_size = -(-chat.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     documents = load_documents(config.data.corpus_path) if config.data.corpus_path else build_documents()
-    experts = build_experts(config)
-    sandbox = PythonSandbox()
-    tools = (
-        Search(experts, LocalSearch(documents)),
-        EnhanceReasoning(experts, sandbox),
-        Answer(experts),
-    )
-    environment = QuestionAnswering(
-        Toolbox(tools, config.episode.tool_timeout_s), config.world.max_calls, config.prompt.rendering == "compact"
-    )
+    account = Account(config.experts.spend_cap_usd)
+    descriptions = load_descriptions(config.experts.descriptions_path) if config.experts.descriptions_path else {}
+    with contextlib.ExitStack() as opened:
+        sandbox = opened.enter_context(PythonSandbox(isolation=config.tools.isolation))
+        toolbox = build_toolbox(config, documents, sandbox, account, opened)
+        resources = opened.pop_all()  # a mistake before this line closes what was opened
+    environment = QuestionAnswering(toolbox, config.world.max_calls, config.prompt.rendering == "compact", descriptions)
     return Components(
         chat=chat,
         model_config=dataclasses.replace(MODELS[config.model], vocab_size=vocab_size),
         environment=environment,
-        sandbox=sandbox,
+        resources=resources,
+        account=account,
         objectives=reference_objectives(config.world.reference_cost_usd, config.world.reference_latency_s),
         rollout=RolloutConfig(
             max_turn_tokens=config.episode.max_turn_tokens,
@@ -140,6 +127,8 @@ def build_components(config: RunConfig) -> Components:
             temperature=config.episode.temperature,
             orchestrator_usd_per_million_tokens=config.world.orchestrator_usd_per_million_tokens,
             orchestrator_tokens_per_s=config.world.orchestrator_tokens_per_s,
+            ends_on_tool_failure=config.episode.ends_on_tool_failure,
+            should_correct_calls=config.episode.should_correct_calls,
         ),
         train_tasks=build_tasks("train", config.data.num_tasks_per_cell, config.data.seed),
         test_tasks=build_tasks("test", config.data.num_test_tasks_per_cell, config.data.seed),

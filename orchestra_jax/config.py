@@ -11,6 +11,7 @@ from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.generation.jax_engine import JaxEngineConfig
 from orchestra_jax.optimizers import OptimizerConfig
+from orchestra_jax.tools.faults import FaultsConfig
 
 
 @dataclasses.dataclass
@@ -35,6 +36,25 @@ class ExpertsConfig:
     """Who stands behind the aliases: the simulated world, but for the models that a file gives an endpoint."""
 
     endpoints_path: str = ""  # JSON, see experts.endpoint.load_endpoints; empty: all are simulated
+    spend_cap_usd: float = 0.0  # of real money, over the whole run: endpoints that cost money want one
+    descriptions_path: str = ""  # JSON by model, see experiments/describe_experts.py; shown with the whole template
+
+
+@dataclasses.dataclass
+class ToolsConfig:
+    isolation: str = (
+        "strongest"  # of the Python sandbox, see tools.sandbox.isolation; a level that is named is required
+    )
+    index_directory: str = ""  # of experiments/build_index.py; empty: BM25 in memory over the corpus
+    ranking: str = "bm25"  # of that index: "bm25", "dense" or "fused"
+    embedding_endpoint: str = ""  # for the queries of the last two
+    embedding_model: str = ""
+    embedding_key_variable: str = ""
+    web_provider: str = ""  # a key of tools.search.web_search.PROVIDERS: adds the tool web_search
+    mcp_path: str = ""  # JSON, see tools.mcp.load_servers: adds their tools
+    limits_path: str = ""  # JSON by tool, see tools.limits.Limits
+    recording_directory: str = ""  # outside calls are recorded there; empty: they are not
+    recording_mode: str = "record"  # or "replay": nobody is asked
 
 
 @dataclasses.dataclass
@@ -44,6 +64,8 @@ class EpisodeConfig:
     calls_per_turn: int = 1
     temperature: float = 1.0
     tool_timeout_s: float = 30.0
+    ends_on_tool_failure: bool = True  # else the policy is shown the failure and goes on
+    should_correct_calls: bool = False  # a call that cannot be read is told so; else the turn ends the episode
 
 
 @dataclasses.dataclass
@@ -103,6 +125,8 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
+    tools: ToolsConfig = dataclasses.field(default_factory=ToolsConfig)
+    faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
     jax_engine: JaxEngineConfig = dataclasses.field(default_factory=JaxEngineConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)

@@ -63,7 +63,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
         print(f"{directory.path} holds this run, finished")
         return read_json(directory.summary_path)
     with contextlib.ExitStack() as stack:
-        stack.callback(parts.sandbox.close)
+        stack.enter_context(parts.resources)
         metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
         checkpointer = stack.enter_context(Checkpointer(directory.checkpoints_path, config.keep_checkpoints))
         batches = make_training_iterator(
@@ -72,7 +72,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
         progress = restore(config, parts, checkpointer, batches)
         if progress is None:
             progress = warm_start(config, parts, directory)
-            save(progress, checkpointer, batches, start_s)
+            save(parts, progress, checkpointer, batches, start_s)
         progress = improve(config, parts, progress, batches, metrics, checkpointer, directory, start_s)
         summary = evaluate_run(config, parts, progress.state.params, progress.reference_params, directory)
     summary["wall_s"] = progress.wall_s + time.monotonic() - start_s
@@ -151,13 +151,15 @@ def improve(
             progress.step = step + 1
             clock.append(time.monotonic())
             values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
+            if parts.account.spent_usd:
+                values["spend/total_usd"] = parts.account.spent_usd
             metrics.write(step, values)
             bar.set_postfix({name: f"{values.get(f'score/{name}', np.nan):.3f}" for name in ("reward", "accuracy")})
             if step % config.checkpoint_every == 0:
                 directory.write_trajectories(step, groups[: config.num_saved_groups])
             is_last = interrupt.is_set or progress.step == settings.num_steps
             if is_last or progress.step % config.checkpoint_every == 0:
-                save(progress, checkpointer, batches, start_s)
+                save(parts, progress, checkpointer, batches, start_s)
             if is_last:
                 break
         if interrupt.is_set:
@@ -227,11 +229,12 @@ def kl_coefficient(settings: GrpoConfig, step: int) -> float:
     return settings.kl_coefficient + (settings.final_kl_coefficient - settings.kl_coefficient) * share
 
 
-def save(progress: Progress, checkpointer: Checkpointer, batches: Iterator, start_s: float) -> None:
+def save(parts: Components, progress: Progress, checkpointer: Checkpointer, batches: Iterator, start_s: float) -> None:
     """One atomic checkpoint of everything the next step depends on."""
     arrays = {"state": progress.state, "reference_params": progress.reference_params}
     wall_s = progress.wall_s + time.monotonic() - start_s
-    checkpointer.save(progress.step, arrays, {"data_iterator": batches.get_state(), "wall_s": wall_s})
+    host = {"data_iterator": batches.get_state(), "wall_s": wall_s, "account": parts.account.get_state()}
+    checkpointer.save(progress.step, arrays, host)
 
 
 def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, batches: Iterator) -> Progress | None:
@@ -250,6 +253,7 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
     )
     arrays, host = checkpointer.restore(step, abstract)
     batches.set_state(host["data_iterator"])
+    parts.account.set_state(host["account"])
     return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"])
 
 

@@ -22,4 +22,4 @@ def components():
 
     made = build_components(RunConfig(data=DataConfig(num_tasks_per_cell=10, num_test_tasks_per_cell=8)))
     yield made
-    made.sandbox.close()
+    made.resources.close()

@@ -12,6 +12,8 @@ from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.experts.simulated import SimulatedExperts
 from orchestra_jax.models.config import MODELS
+from orchestra_jax.tools.budget import Account
+from orchestra_jax.toolset import build_experts
 
 
 def small_config():
@@ -49,6 +51,15 @@ def test_the_parts_follow_the_config():
         ("prompt.tokenizer_directory", "/nowhere", "no /nowhere/tokenizer.json"),
         ("data.corpus_path", "/nowhere.jsonl", "the corpus /nowhere.jsonl does not exist"),
         ("experts.endpoints_path", "/nowhere.json", "the endpoints file /nowhere.json cannot be read"),
+        ("experts.descriptions_path", "/nowhere.json", "the descriptions file /nowhere.json cannot be read"),
+        ("experts.spend_cap_usd", -1.0, "the spending cap of a run must be 0 dollars or more, got -1.0"),
+        ("tools.isolation", "docker", r"isolation 'docker' is not one of \('strongest', 'limits'"),
+        ("tools.index_directory", "/nowhere", "no whole index at /nowhere"),
+        ("tools.web_provider", "altavista", r"tools.web_provider 'altavista' is not one of \['serper', 'tavily'\]"),
+        ("tools.web_provider", "tavily", "costs .0.01 a call and experts.spend_cap_usd is 0"),
+        ("tools.mcp_path", "/nowhere.json", "the MCP file /nowhere.json cannot be read"),
+        ("tools.limits_path", "/nowhere.json", "the limits file /nowhere.json is not understood"),
+        ("faults.fail_rate", 2.0, "faults.fail_rate must be within 0 and 1, got 2.0"),
         ("data.weights", (0.5, 0.5), r"data.weights \(0.5, 0.5\) must be three weights"),
         ("data.num_tasks_per_cell", 10**6, "num_per_cell=1000000, but .* ask for at most"),
         ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['group', 'reference'\]"),
@@ -126,6 +137,6 @@ def test_an_endpoint_stands_in_for_its_model_alone(tmp_path):
     path = tmp_path / "endpoints.json"
     path.write_text(json.dumps({"gpt-5": {"endpoint": "http://127.0.0.1:1/v1", "model": "m"}}))
     config.experts.endpoints_path = str(path)
-    experts = module.build_experts(config)
+    experts = build_experts(config, Account(0.0))
     assert isinstance(experts("gpt-5"), EndpointExpert)
     assert isinstance(experts("gpt-5-mini"), SimulatedExperts)

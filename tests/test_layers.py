@@ -38,7 +38,7 @@ ROWS = (
     ("experts", "models", "data.instances"),
     ("generation", "grpo.batching", "grpo.scoring", "grpo.train_step", "supervised", "data.pipeline", "checkpoints"),
     ("environments",),
-    ("demonstrations", "config", "components", "rollout_metrics"),
+    ("demonstrations", "config", "toolset", "components", "rollout_metrics"),
     ("data.synthesis", "evaluation"),
     ("training",),
 )

@@ -178,7 +178,7 @@ def _is_broken(result: ToolResult) -> bool:
 
 
 def _shown(environment: Environment, config: RolloutConfig, result: ToolResult, rest: str) -> str:
-    """What of a result the policy reads: the whole sentence where it is to mend its call, and the rest of the budget."""
+    """What of a result the policy reads: all of it where it is to mend its call, and the rest of the budget."""
     is_refused = config.should_correct_calls and result.status == CallStatus.REFUSED
     is_told = is_refused or result.receipt.reason == Reason.OVER_BUDGET
     text = result.text if is_told else environment.observation(result.text, result.summary)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
-from orchestra_jax.data.records import Instance, Offer
+from orchestra_jax.data.records import Document, Instance, Offer
 from orchestra_jax.experts.expert import BoundedExpert, Expert, ExpertReply, ExpertRequest
 from orchestra_jax.rewards.outcome import holds_evidence
 from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
 from orchestra_jax.tools.sandbox.python_sandbox import ProgramStatus, PythonSandbox
-from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
@@ -106,11 +106,17 @@ class _Delegation:
         raise NotImplementedError
 
 
+class SearchIndex(Protocol):
+    """Documents that can be searched: LocalSearch, or DocumentIndex on disk."""
+
+    def search(self, query: str, num_results: int) -> list[tuple[Document, float]]: ...
+
+
 class Search(_Delegation):
     name = "search"
     description = "Look for documents: the expert writes the query."
 
-    def __init__(self, experts: Callable[[str], Expert], index: LocalSearch):
+    def __init__(self, experts: Callable[[str], Expert], index: SearchIndex):
         super().__init__(experts)
         self._index = index
 

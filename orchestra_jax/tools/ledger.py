@@ -7,13 +7,14 @@ are the `service_s` of the receipts, measured or modelled by whoever made them, 
     latency_s = sum over turns of (generation + max over the turn's parallel calls)         the critical path
     service_s, retry_s, queue_s = sums over all receipts                                    nothing in parallel
 
-A call's share of the critical path is `retry_s + service_s`, what its endpoint made the user wait. Its `queue_s` is kept
+A call's share of the critical path is `retry_s + service_s`, what its endpoint made the user wait. `queue_s` is kept
 apart: it is the wait for a place under our own limits, which grows with the number of episodes that run at once.
 
 A turn opens with the orchestrator's own receipt (tool ORCHESTRATOR); the calls charged after it are the turn's and run
 in parallel. So a trajectory's flat tuple of receipts is enough to repeat the totals. Failed, refused and late calls are
-charged like any other. A judge's receipts (tool JUDGE) are the bill of the experiment and not of the policy: they belong to no
-turn and have a total of their own. Sums are exact (math.fsum): the order in which parallel calls finish shows in no total.
+charged like any other. A judge's receipts (tool JUDGE) are the bill of the experiment and not of the policy: they
+belong to no turn and have a total of their own. Sums are exact (math.fsum): the order in which parallel calls finish
+shows in no total.
 """
 
 from __future__ import annotations

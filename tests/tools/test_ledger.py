@@ -1,19 +1,24 @@
 """The ledger: prices by hand, the critical path, and the same totals from a trajectory's receipts."""
 
+import json
 import math
 import random
 
 import pytest
 
+from orchestra_jax.run_directory import json_value
 from orchestra_jax.tools.ledger import (
+    JUDGE,
     ORCHESTRATOR,
     Ledger,
     make_receipt,
+    read_receipt,
     replay,
+    replay_receipts,
     split_turns,
     token_cost_usd,
 )
-from orchestra_jax.types import CallStatus
+from orchestra_jax.types import CallStatus, Reason
 
 
 def generation(service_s, output_tokens=1_000):
@@ -120,3 +125,39 @@ def test_a_call_outside_any_turn_is_an_error():
         split_turns([call(1.0)])
     with pytest.raises(AssertionError, match="a turn begins with"):
         replay([[call(1.0)]])
+
+
+def test_time_in_three_parts_and_what_of_it_the_user_waits():
+    retried = make_receipt("answer", service_s=4.0, retry_s=3.0, queue_s=9.0, attempt=2)
+    totals = replay([[generation(1.0), retried, call(6.0)]])
+    assert totals.latency_s == 1.0 + 7.0  # the queue is ours, and depends on how many episodes run
+    assert (totals.service_s, totals.retry_s, totals.queue_s) == (11.0, 3.0, 9.0)
+    with pytest.raises(ValueError, match="queue_s nan of a call of 'x'"):
+        make_receipt("x", service_s=0.0, queue_s=math.nan)
+
+
+def test_judging_is_charged_and_is_no_part_of_the_episode():
+    ledger = Ledger()
+    judged = make_receipt(JUDGE, service_s=30.0, fixed_cost_usd=0.5)
+    for receipt in (generation(1.0), call(5.0, 0.01), judged):
+        ledger.charge(receipt)
+    totals = ledger.totals()
+    assert (totals.judge_cost_usd, totals.latency_s, totals.num_calls) == (0.5, 6.0, 1)
+    assert totals.cost_usd == pytest.approx(0.01 + 0.0002)
+    assert [len(turn) for turn in split_turns(ledger.receipts)] == [2]
+
+
+def test_receipts_read_back_from_json_replay_to_the_same_totals():
+    rng = random.Random(1)
+    receipts = [generation(rng.random())]
+    for _ in range(30):
+        receipts.append(
+            make_receipt(
+                "answer", service_s=rng.random(), retry_s=rng.random(), queue_s=rng.random(), alias="expert-1",
+                input_tokens=rng.randrange(9999), input_usd_per_million_tokens=rng.random(), attempt=3,
+                status=CallStatus.FAILED, reason=Reason.SERVER_ERROR, is_cache_hit=True, is_estimated=True,
+            )
+        )  # fmt: skip
+    written = json.loads(json.dumps(json_value(receipts, "receipts")))
+    read = [read_receipt(fields) for fields in written]
+    assert read == receipts and replay_receipts(read) == replay_receipts(receipts)

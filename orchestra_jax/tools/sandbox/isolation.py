@@ -1,10 +1,10 @@
 """How far a program in the sandbox is kept from the machine: three levels, each with all that stands before it.
 
-    limits      resource limits of the kernel, and an audit hook inside the interpreter        any POSIX platform
-    seccomp     a filter of system calls, made by libseccomp (pyseccomp): no process, no       Linux with libseccomp.so.2
-                program, no socket, no signal, no file opened for writing, no limit raised
-    bubblewrap  namespaces by bwrap: no network, no process of the machine in sight, and       Linux with bwrap, and user
-                of the file system the interpreter and system libraries alone, read-only       namespaces allowed
+    limits      resource limits of the kernel, and an audit hook inside the interpreter; any POSIX platform
+    seccomp     a filter of system calls, made by libseccomp (pyseccomp): no process, no program, no socket, no signal,
+                no file opened for writing, no limit raised; Linux with libseccomp.so.2
+    bubblewrap  namespaces by bwrap: no network, no process of the machine in sight, and of the file system the
+                interpreter and the system's libraries alone, read-only; Linux with bwrap and user namespaces
 
 The first is no security boundary: an audit hook can be got round from inside the interpreter. The third is what a
 program that may mean harm should run under; the kernel stays shared in all of them.

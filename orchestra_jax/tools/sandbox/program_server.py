@@ -1,8 +1,8 @@
 """The sandbox's server: run as a script by python_sandbox.py, never imported by the package. Standard library alone.
 
 One file descriptor arrives on stdin's socket for each program; a forked runner reads the request from it, runs the
-program in a fork of its own, and writes the result back. The program's limits are set in the last fork, from the weakest
-to the strongest: resource limits, the audit hook, the filter of system calls.
+program in a fork of its own, and writes the result back. The program's limits are set in the last fork: resource
+limits, the filter of system calls where there is one, the audit hook.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class LocalSearch:
             repeated = next(each for each in ids if ids.count(each) > 1)
             raise ValueError(f"document ids must differ, but {repeated!r} occurs {ids.count(repeated)} times")
         self._documents = tuple(documents)
-        self._index = _bm25s().BM25(method="lucene", k1=1.5, b=0.75)
+        self._index = load_bm25s().BM25(method="lucene", k1=1.5, b=0.75)
         texts = [split_words(f"{document.title} {document.text}") for document in documents]
         self._index.index(texts, show_progress=False)
         self._scores = functools.lru_cache(MAX_CACHED_QUERIES)(self._score)
@@ -72,7 +72,7 @@ class LocalSearch:
 
 
 @functools.cache
-def _bm25s() -> types.ModuleType:
+def load_bm25s() -> types.ModuleType:
     """bm25s without its jax backend.
 
     Where jax is installed, importing bm25s runs a jax operation, which starts the accelerator (and takes its memory) in

@@ -1,0 +1,149 @@
+"""What tools, sandbox and search cost: CPU seconds of this process where work is done here, else wall-clock seconds.
+
+    python -c "from experiments.benchmarks.tools import run; print(run())"
+    python -c "from experiments.benchmarks.tools import measure_search; print(measure_search(1_000_000))"
+
+The documents of the search are synthetic: words drawn by Zipf's law from a vocabulary of 200,000, 20 to 60 a document;
+vectors are drawn around 1,000 centres. Queries are four words, half of them among the 1,000 most frequent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+
+from orchestra_jax.data.records import Document, Instance, Preference, Task
+from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.limits import Limits
+from orchestra_jax.tools.sandbox.isolation import LEVELS, missing
+from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
+from orchestra_jax.tools.search.dense_search import DenseIndex, unit, write_dense_index
+from orchestra_jax.tools.search.document_index import DocumentIndex, build_index
+from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
+from orchestra_jax.tools.toolbox import Toolbox
+from orchestra_jax.types import ToolCall
+
+NUM_WORDS = 200_000
+NUM_DIMS = 384
+NUM_QUERIES = 50
+
+
+def run(num_documents: int = 100_000) -> dict[str, float]:
+    """All figures of this file by name, units in the names."""
+    return {**measure_toolbox(), **measure_sandbox(), **measure_search(num_documents)}
+
+
+class _Nothing:
+    name = "nothing"
+    description = "Does nothing."
+    parameters_schema = {
+        "type": "object",
+        "properties": {"model": {"type": "string"}},
+        "required": ["model"],
+        "additionalProperties": False,
+    }
+    receipt = make_receipt("nothing", service_s=0.0)
+
+    async def run(self, arguments, context):
+        return ToolResult("done", "done", self.receipt)
+
+
+def measure_toolbox(num_calls: int = 2_000) -> dict[str, float]:
+    """CPU microseconds of a call beyond the tool itself, one after another and 1,000 at once, without and with limits."""
+    task = Task("t", "arithmetic", "small", "", "", "search")
+    context = ToolContext(Instance("i", task, Preference("any", "", {}), (), 0), 0, Evidence())
+    call, tool = ToolCall("nothing", {"model": "expert-1"}), _Nothing()
+    plain = Toolbox([tool], 30.0)
+    limited = Toolbox([tool], 30.0, {"nothing": Limits(30.0, max_concurrent=64, max_attempts=3)})
+
+    async def one_by_one(run_one):
+        for _ in range(num_calls):
+            await run_one()
+
+    async def at_once(box):
+        await asyncio.gather(*(box.call(call, context) for _ in range(1_000)))
+
+    def cpu_us(coroutine, count):
+        start_s = time.process_time()
+        asyncio.run(coroutine)
+        return (time.process_time() - start_s) / count * 1e6
+
+    own = cpu_us(one_by_one(lambda: tool.run(call.arguments, context)), num_calls)
+    return {
+        "toolbox/overhead_us": cpu_us(one_by_one(lambda: plain.call(call, context)), num_calls) - own,
+        "toolbox/overhead_with_limits_us": cpu_us(one_by_one(lambda: limited.call(call, context)), num_calls) - own,
+        "toolbox/overhead_of_1000_at_once_us": cpu_us(at_once(plain), 1_000) - own,
+        "toolbox/overhead_of_1000_at_once_with_limits_us": cpu_us(at_once(limited), 1_000) - own,
+    }
+
+
+def measure_sandbox(num_programs: int = 100) -> dict[str, float]:
+    """Programs a second of wall-clock time, one after another, behind a warm server."""
+    rates = {}
+    for level in (level for level in LEVELS if not missing(level)):
+        with PythonSandbox(isolation=level) as sandbox:
+            sandbox.run("print('warm')")
+            start_s = time.monotonic()
+            for number in range(num_programs):
+                assert sandbox.run(f"print({number} ** 2)").stdout == f"{number**2}\n"
+            rates[f"sandbox/{level}/programs_per_s"] = num_programs / (time.monotonic() - start_s)
+    return rates
+
+
+def measure_search(num_documents: int) -> dict[str, float]:
+    """CPU of building and of a query, by words and by vectors; medians of NUM_QUERIES, after one query to warm up."""
+    rng = np.random.default_rng(0)
+    queries = [" ".join([*_words(rng, 2, 1_000), *_words(rng, 2, NUM_WORDS)]) for _ in range(NUM_QUERIES)]
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = pathlib.Path(scratch)
+        start_s = time.process_time()
+        build_index(directory / "index", _documents(num_documents))
+        built_s = time.process_time() - start_s
+        index = DocumentIndex(directory / "index")
+        by_words_ms = _median_ms(lambda query: index.search(query, 10), queries)
+        start_s = time.process_time()
+        centres = rng.standard_normal((1_000, NUM_DIMS), np.float32)
+        vectors_ND = np.lib.format.open_memmap(directory / "vectors.npy", "w+", np.float32, (num_documents, NUM_DIMS))
+        for start in range(0, num_documents, 50_000):
+            size = min(50_000, num_documents - start)
+            noise = rng.standard_normal((size, NUM_DIMS), np.float32)
+            vectors_ND[start : start + size] = unit(centres[rng.integers(1_000, size=size)] + noise)
+        asked = unit(centres[rng.integers(1_000, size=NUM_QUERIES)] + rng.standard_normal((NUM_QUERIES, NUM_DIMS)))
+        write_dense_index(directory / "dense.faiss", vectors_ND)
+        dense_built_s = time.process_time() - start_s
+        dense = DenseIndex(directory / "dense.faiss")
+        by_vectors_ms = _median_ms(lambda vector_D: dense.search(vector_D.astype(np.float32), 10), asked)
+    return {
+        "search/num_documents": num_documents,
+        "search/build_cpu_s": built_s,
+        "search/query_cpu_ms": by_words_ms,
+        "search/dense_build_cpu_s": dense_built_s,
+        "search/dense_query_cpu_ms": by_vectors_ms,
+    }
+
+
+def _median_ms(ask, queries) -> float:
+    ask(queries[0])
+    seconds = []
+    for query in queries:
+        start_s = time.process_time()
+        ask(query)
+        seconds.append(time.process_time() - start_s)
+    return float(np.median(seconds)) * 1e3
+
+
+def _documents(num_documents: int):
+    rng = np.random.default_rng(1)
+    for number in range(num_documents):
+        words = _words(rng, int(rng.integers(20, 60)), NUM_WORDS)
+        yield Document(str(number), words[0], " ".join(words))
+
+
+def _words(rng: np.random.Generator, count: int, most: int) -> list[str]:
+    """Words by rank, frequency falling with it: exp(uniform) has the density 1 / rank."""
+    ranks = np.exp(rng.random(count) * np.log(most)).astype(int)
+    return [f"w{rank}" for rank in ranks]

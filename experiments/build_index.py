@@ -1,0 +1,37 @@
+"""Builds a search index on disk from a corpus, with vectors if an embedding endpoint is named.
+
+    python -m experiments.build_index --corpus=docs.jsonl --index=indexes/docs
+    python -m experiments.build_index --corpus=docs.jsonl --index=indexes/docs \\
+        --embedding_endpoint=http://127.0.0.1:30000/v1 --embedding_model=Qwen/Qwen3-Embedding-8B
+
+The corpus is a file of JSON lines {"id", "title", "text"} or a folder of .txt files. `--config.tools.index_directory`
+opens the index.
+"""
+
+import sys
+
+from absl import app, flags
+
+_CORPUS = flags.DEFINE_string("corpus", None, "JSON lines, or a folder of .txt files.", required=True)
+_INDEX = flags.DEFINE_string("index", None, "A new directory for the index.", required=True)
+_ENDPOINT = flags.DEFINE_string("embedding_endpoint", "", "Base URL of an OpenAI-compatible server; empty: no vectors.")
+_MODEL = flags.DEFINE_string("embedding_model", "", "The name under which the server knows the model.")
+_KEY = flags.DEFINE_string("api_key_variable", "", "The environment variable that holds the key, if one is wanted.")
+
+
+def main(_):
+    from orchestra_jax.data.corpus import load_documents
+    from orchestra_jax.tools.search.dense_search import EmbeddingEndpoint
+    from orchestra_jax.tools.search.document_index import build_index
+
+    try:
+        embed = EmbeddingEndpoint(_ENDPOINT.value, _MODEL.value, _KEY.value).embed if _ENDPOINT.value else None
+        num_documents = build_index(_INDEX.value, load_documents(_CORPUS.value), embed)
+    except ValueError as error:
+        print(f"build_index: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{num_documents} documents in {_INDEX.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

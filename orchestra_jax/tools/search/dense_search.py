@@ -1,0 +1,85 @@
+"""Dense search: texts as unit vectors from any OpenAI-compatible embedding endpoint, nearest ones by inner product.
+
+The index is faiss: exact up to MAX_EXACT vectors, beyond that inverted lists of 8-bit vectors, opened by memory map.
+    number of lists = 4 sqrt(N) rounded to a power of two;  lists looked at for a query = 32
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_EXACT = 50_000
+NUM_PROBES = 32
+TRAINING_VECTORS_PER_LIST = 40
+
+
+class EmbeddingEndpoint:
+    """Texts to vectors. ValueError if the variable that is to hold the key is not set, or a reply is no embedding."""
+
+    def __init__(self, endpoint: str, model: str, api_key_variable: str = "", batch_size: int = 64):
+        import openai
+
+        if api_key_variable and not os.environ.get(api_key_variable):
+            raise ValueError(f"the environment variable {api_key_variable!r} is not set: put the key into it")
+        key = os.environ[api_key_variable] if api_key_variable else "none"
+        self._client = openai.OpenAI(base_url=endpoint, api_key=key)
+        self._model, self._batch_size = model, batch_size
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32, each of length 1."""
+        rows = []
+        for start in range(0, len(texts), self._batch_size):
+            batch = list(texts[start : start + self._batch_size])
+            reply = self._client.embeddings.create(model=self._model, input=batch, encoding_format="float")
+            if len(reply.data) != len(batch):
+                raise ValueError(f"the embedding endpoint gave {len(reply.data)} vectors for {len(batch)} texts")
+            rows += [each.embedding for each in sorted(reply.data, key=lambda each: each.index)]
+        return unit(np.asarray(rows, np.float32))
+
+
+def unit(vectors_ND: np.ndarray) -> np.ndarray:
+    """Rows of length 1; ValueError for a row of zeros or one that is not finite."""
+    lengths_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    if not (np.isfinite(lengths_N1).all() and (lengths_N1 > 0).all()):
+        raise ValueError("an embedding is zero or not finite: look at the texts or at the embedding endpoint")
+    return vectors_ND / lengths_N1
+
+
+def write_dense_index(path: str | os.PathLike, vectors_ND: np.ndarray) -> None:
+    """Builds the index over unit vectors (an array or a memory map of it) and writes it."""
+    import faiss
+
+    num_vectors, num_dims = vectors_ND.shape
+    if num_vectors <= MAX_EXACT:
+        index = faiss.IndexFlatIP(num_dims)
+    else:
+        num_lists = 2 ** round(np.log2(4 * num_vectors**0.5))
+        index = faiss.index_factory(num_dims, f"IVF{num_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        num_training = min(num_vectors, TRAINING_VECTORS_PER_LIST * num_lists)
+        chosen = np.sort(np.random.default_rng(0).choice(num_vectors, num_training, replace=False))
+        index.train(np.ascontiguousarray(vectors_ND[chosen]))
+    for start in range(0, num_vectors, MAX_EXACT):
+        index.add(np.ascontiguousarray(vectors_ND[start : start + MAX_EXACT]))
+    faiss.write_index(index, os.fspath(path))
+
+
+class DenseIndex:
+    """An index that `write_dense_index` wrote, opened by memory map. ValueError if it is not there."""
+
+    def __init__(self, path: str | os.PathLike):
+        import faiss
+
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"no dense index at {path}: build one with experiments/build_index.py")
+        self._index = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        if hasattr(self._index, "nprobe"):
+            self._index.nprobe = NUM_PROBES
+
+    def search(self, vector_D: np.ndarray, num_results: int) -> list[tuple[int, float]]:
+        """Numbers of the nearest documents with their inner products, best first."""
+        scores_1N, numbers_1N = self._index.search(vector_D[None, :], num_results)
+        return [(int(i), float(score)) for i, score in zip(numbers_1N[0], scores_1N[0]) if i >= 0]
