@@ -79,9 +79,9 @@ def build_toolbox(
         Answer(experts),
     ]
     outside = _outside_tools(config, account, resources)
-    tools += (
-        [RecordedTool(tool, store, is_stateful=tool.name != WebSearch.name) for tool in outside] if store else outside
-    )
+    if store is not None:
+        outside = [RecordedTool(tool, store, is_stateful=tool.name != WebSearch.name) for tool in outside]
+    tools += outside
     if config.faults.is_on:
         tools = [FaultyTool(tool, config.faults) for tool in tools]
     limits = load_limits(config.tools.limits_path) if config.tools.limits_path else {}
@@ -96,8 +96,8 @@ def _outside_tools(config: RunConfig, account: Account, resources: contextlib.Ex
         provider = PROVIDERS[config.tools.web_provider]
         if not config.experts.spend_cap_usd:
             raise ValueError(
-                f"web search costs ${provider.cost_usd_per_call:g} a call and experts.spend_cap_usd is 0: set it to the "
-                "dollars that the run may spend"
+                f"web search costs ${provider.cost_usd_per_call:g} a call and experts.spend_cap_usd is 0: set it to "
+                "the dollars that the run may spend"
             )
         tools.append(WebSearch(provider, account))
     if config.tools.mcp_path:

@@ -161,7 +161,7 @@ async def _run_turn(
     num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
     calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
     allowance = Allowance(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else None
-    context = ToolContext(instance, rollout_index, episode.evidence, len(episode.calls), allowance)
+    context = ToolContext(instance, rollout_index, episode.evidence, len(episode.calls), allowance=allowance)
     results = await environment.toolbox.call_together(calls[:num_allowed], context)
     results += [refused(call.name, call.error, Reason.TOO_MANY_CALLS) for call in calls[num_allowed:]]
     return _record(episode, instance, environment, chat, config, calls, results)

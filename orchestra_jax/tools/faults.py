@@ -1,9 +1,9 @@
 """Faults on demand: any tool made to fail, slow down, be busy or change its price in the middle of an episode.
 
 Each fault is drawn from (seed, instance, rollout, number of the call, attempt, tool) alone, so a run with faults
-repeats itself. A failed call did the work and is charged; a busy one did none. A price change is announced in the result of the
-call behind which it happens, holds for every later call of the episode, and happens once. On the virtual clock a slow
-call only says that it took longer; `sleep_s` makes it so in earnest.
+repeats itself. A failed call did the work and is charged; a busy one did none. A price change is announced in the
+result of the call behind which it happens, holds for every later call of the episode, and happens once. On the virtual
+clock a slow call only says that it took longer; `sleep_s` makes it so in earnest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Programs that try to get out of the sandbox, or to hurt it. One that succeeds prints ESCAPED."""
 
-# Placeholders, replaced by the test: @SECRET@ a file outside, @TARGET@ a path to write, @PID@ the host, @PORT@ a server.
+# The test fills in: @SECRET@ a file outside, @TARGET@ a path to write, @FOLDER@ theirs, @PID@ the host, @PORT@ a port.
 PROGRAMS = {
     "endless loop": "while True: pass",
     "endless sleep": "import time\ntime.sleep(1000)",
@@ -73,7 +73,10 @@ while True:
     "closed streams": "import os\nos.closerange(0, 256)\nwhile True: pass",
     "write a file": "open('@TARGET@', 'w').write('x')\nprint('ESCAPED')",
     "write by os.open": "import os\nos.open('@TARGET@', os.O_CREAT | os.O_WRONLY)\nprint('ESCAPED')",
-    "write by a database": "import sqlite3\nsqlite3.connect('@TARGET@').execute('create table t (x)')\nprint('ESCAPED')",
+    "write by a database": """
+import sqlite3
+sqlite3.connect('@TARGET@').execute('create table t (x)')
+print('ESCAPED')""",
     "make a folder": "import os\nos.mkdir('@TARGET@')\nprint('ESCAPED')",
     "symbolic link": "import os\nos.symlink('@SECRET@', '@TARGET@')\nprint('ESCAPED')",
     "hard link": "import os\nos.link('@SECRET@', '@TARGET@')\nprint('ESCAPED')",
