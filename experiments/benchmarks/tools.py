@@ -53,7 +53,7 @@ class _Nothing:
 
 
 def measure_toolbox(num_calls: int = 2_000) -> dict[str, float]:
-    """CPU microseconds of a call beyond the tool itself, one after another and 1,000 at once, without and with limits."""
+    """CPU microseconds of a call beyond the tool itself, one by one and 1,000 at once, without and with limits."""
     task = Task("t", "arithmetic", "small", "", "", "search")
     context = ToolContext(Instance("i", task, Preference("any", "", {}), (), 0), 0, Evidence())
     call, tool = ToolCall("nothing", {"model": "expert-1"}), _Nothing()

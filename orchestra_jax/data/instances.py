@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from orchestra_jax.data.records import Budget, Instance, Offer, Preference, Task
-from orchestra_jax.experts.catalog import EXPERTS
+from orchestra_jax.experts.catalog import EXPERTS, ROLES, Pool
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.seeds import derive_seed
 
@@ -30,6 +30,40 @@ def draw_offers(config: WorldConfig, seed: int) -> tuple[Offer, ...]:
     return tuple(offers)
 
 
+def draw_pool_offers(pool: Pool, seed: int) -> tuple[Offer, ...]:
+    """Offers of a pool for one instance, role after role in the pool's order: a subset, aliases, prices, latencies.
+
+    A model has one price factor and one latency factor in all its roles.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "pool"))
+    models = list(dict.fromkeys(listing.model for listing in pool.listings))
+    price_factors = dict(zip(models, rng.choice(pool.price_factors, len(models))))
+    latency_factors = dict(zip(models, rng.choice(pool.latency_factors, len(models))))
+    offers = []
+    for role in ROLES:
+        listings = [listing for listing in pool.listings if listing.role == role]
+        least = min(pool.least_offered or len(listings), len(listings))
+        size = int(rng.integers(least, len(listings) + 1))
+        chosen = sorted(rng.choice(len(listings), size, replace=False).tolist())
+        aliases = [listings[index].alias for index in chosen]
+        aliases = rng.permutation(aliases).tolist() if pool.is_shuffled else aliases
+        for index, alias in zip(chosen, aliases):
+            listing = listings[index]
+            price, latency = float(price_factors[listing.model]), float(latency_factors[listing.model])
+            offers.append(
+                Offer(
+                    alias,
+                    listing.model,
+                    listing.is_local,
+                    listing.input_usd_per_million_tokens * price,
+                    listing.output_usd_per_million_tokens * price,
+                    listing.latency_s * latency,
+                    (role,),
+                )
+            )
+    return tuple(offers)
+
+
 def draw_budget(config: WorldConfig, seed: int) -> Budget:
     """The limits of a task, each drawn from its levels; none where there are no levels."""
     rng = np.random.default_rng(derive_seed(seed, "budget"))
@@ -41,8 +75,10 @@ def draw_budget(config: WorldConfig, seed: int) -> Budget:
     return Budget(**limits)
 
 
-def make_instance(task: Task, preference: Preference, config: WorldConfig, seed: int) -> Instance:
-    """The instance of `task` under `preference` for a draw `seed`.
+def make_instance(
+    task: Task, preference: Preference, config: WorldConfig, seed: int, pool: Pool | None = None
+) -> Instance:
+    """The instance of `task` under `preference` for a draw `seed`; its offers come from a pool if one is given.
 
     The offers depend on the seed and the task alone: the same draw under another preference differs in nothing else.
     """
@@ -51,7 +87,7 @@ def make_instance(task: Task, preference: Preference, config: WorldConfig, seed:
         instance_id=f"{task.task_id}/{preference.name}/{seed}",
         task=task,
         preference=preference,
-        offers=draw_offers(config, draw),
+        offers=draw_pool_offers(pool, draw) if pool else draw_offers(config, draw),
         seed=draw,
         budget=draw_budget(config, draw),
     )

@@ -1,6 +1,6 @@
 """Programs that try to get out of the sandbox, or to hurt it. One that succeeds prints ESCAPED."""
 
-# The test fills in: @SECRET@ a file outside, @TARGET@ a path to write, @FOLDER@ theirs, @PID@ the host, @PORT@ a port.
+# The test fills in @SECRET@ (a file outside), @TARGET@ (a path to write), @FOLDER@, @PID@ (the host) and @PORT@.
 PROGRAMS = {
     "endless loop": "while True: pass",
     "endless sleep": "import time\ntime.sleep(1000)",

@@ -1,0 +1,62 @@
+"""Has a model describe the experts of the catalog, for `--config.experts.descriptions_path`.
+
+    python -m experiments.describe_experts --endpoints=endpoints.json --writer=gpt-5 --output=descriptions.json \\
+        --spend_cap_usd=1
+
+`endpoints.json` is what `--config.experts.endpoints_path` takes; experts without an endpoint are the simulated ones.
+"""
+
+import asyncio
+import json
+import pathlib
+import sys
+
+from absl import app, flags
+
+_ENDPOINTS = flags.DEFINE_string("endpoints", None, "Endpoints by model, JSON.", required=True)
+_WRITER = flags.DEFINE_string("writer", None, "The model with an endpoint that writes.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write: descriptions by model.", required=True)
+_NUM_TASKS = flags.DEFINE_integer("num_tasks", 10, "Tasks that each expert is given.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampled tasks.")
+_CAP = flags.DEFINE_float("spend_cap_usd", 0.0, "Real money that this may spend.")
+
+
+def main(_):
+    try:
+        descriptions = asyncio.run(describe_all())
+    except ValueError as error:
+        print(f"describe_experts: {error}", file=sys.stderr)
+        sys.exit(2)
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n")
+
+
+async def describe_all() -> dict[str, str]:
+    from orchestra_jax.data.questions import build_tasks
+    from orchestra_jax.data.records import Offer
+    from orchestra_jax.experts.catalog import EXPERTS
+    from orchestra_jax.experts.descriptions import describe
+    from orchestra_jax.experts.endpoint import load_endpoints
+    from orchestra_jax.experts.simulated import SimulatedExperts
+    from orchestra_jax.experts.world import WorldConfig
+    from orchestra_jax.tools.budget import Account
+
+    account = Account(_CAP.value)
+    endpoints = load_endpoints(_ENDPOINTS.value, account)
+    if _WRITER.value not in endpoints:
+        raise ValueError(f"the writer {_WRITER.value!r} has no endpoint: choose one of {sorted(endpoints)}")
+    simulated = SimulatedExperts(WorldConfig())
+    tasks = build_tasks("train", 20, _SEED.value)
+    descriptions = {}
+    for entry in EXPERTS:
+        offer = Offer(entry.alias, entry.model, entry.is_local, 0.0, 0.0, 1.0)
+        expert, writer = endpoints.get(entry.model, simulated), endpoints[_WRITER.value]
+        made = await describe(offer, expert, tasks, writer, _SEED.value, _NUM_TASKS.value)
+        descriptions[entry.model] = made.text
+        print(f"{entry.model}: {made.num_solved} of {made.num_tasks} right, ${account.spent_usd:.4f} spent so far")
+    for endpoint in endpoints.values():
+        await endpoint.close()
+    return descriptions
+
+
+if __name__ == "__main__":
+    app.run(main)
