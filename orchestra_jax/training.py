@@ -151,8 +151,7 @@ def improve(
             progress.step = step + 1
             clock.append(time.monotonic())
             values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
-            if parts.account.spent_usd:
-                values["spend/total_usd"] = parts.account.spent_usd
+            values |= {"spend/total_usd": parts.account.spent_usd} if parts.account.spent_usd else {}
             metrics.write(step, values)
             bar.set_postfix({name: f"{values.get(f'score/{name}', np.nan):.3f}" for name in ("reward", "accuracy")})
             if step % config.checkpoint_every == 0:

@@ -206,7 +206,7 @@ def _record(
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
     forced = [] if episode.stream.tokens[-1] == chat.end_of_turn_id else [chat.end_of_turn_id]
-    rest = rest_text(instance.budget, episode.ledger.totals())
+    rest = rest_text(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else ""
     shown = [_shown(environment, config, result, rest) for result in results]
     given = forced + chat_format.encode_observation(chat, shown)
     if len(episode.stream.tokens) + len(given) >= config.max_tokens:

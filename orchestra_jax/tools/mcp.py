@@ -63,27 +63,26 @@ class McpServer:
         ready: concurrent.futures.Future = concurrent.futures.Future()
         self._close_event = asyncio.Event()
         self._session = asyncio.run_coroutine_threadsafe(self._serve(ready), self._loop)
-        try:
-            listed = ready.result(START_TIMEOUT_S)
-        except (Exception, concurrent.futures.CancelledError) as error:  # whatever the SDK raises, in its own groups
+        concurrent.futures.wait(
+            [ready, self._session], timeout=START_TIMEOUT_S, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        if not ready.done():
+            error = self._session.exception() if self._session.done() else f"nothing within {START_TIMEOUT_S:g} s"
             self.close()
-            told = self.without_secrets(f"{type(error).__name__}: {error}")
-            raise ValueError(f"the MCP server {url or command[0]!r} does not start: {told}") from None
+            told = self.without_secrets(
+                f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+            )
+            raise ValueError(f"the MCP server {url or command[0]!r} does not start: {told}")
+        listed = ready.result()
         self.tools = tuple(McpTool(self, prefix, each) for each in listed)
 
     async def _serve(self, ready: concurrent.futures.Future) -> None:
         """Opens and closes the session in one task, as its cancel scopes want it."""
         import mcp
 
-        try:
-            async with mcp.Client(self._connection(mcp)) as self._client:
-                listed = (await self._client.list_tools()).tools
-                ready.set_result(listed)
-                await self._close_event.wait()
-        except BaseException as error:
-            if not ready.done():
-                ready.set_exception(error)
-            raise
+        async with mcp.Client(self._connection(mcp)) as self._client:
+            ready.set_result((await self._client.list_tools()).tools)
+            await self._close_event.wait()
 
     def _connection(self, mcp):
         if self._command:
