@@ -190,6 +190,29 @@ def test_an_interrupt_during_the_last_save_loses_nothing(finished, warm, unevalu
     assert training.run(small_config(), str(warm))["policies"] == "a stand-in"
 
 
+def test_money_that_was_spent_is_known_to_the_run_that_goes_on(finished, tmp_path):
+    """Saved beside the arrays of a real checkpoint, what was under way when it was written included."""
+    config = small_config()
+    config.experts.spend_cap_usd = 1.0
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+
+    def opened():
+        parts = build_components(config)
+        batches = make_training_iterator(parts.train_tasks, parts.preferences, config.world, config.grpo.num_groups, 0)
+        with Checkpointer(tmp_path / "checkpoints", config.keep_checkpoints) as checkpointer:
+            yield parts, batches, checkpointer, training.restore(config, parts, checkpointer, batches)
+
+    for parts, batches, checkpointer, progress in opened():
+        assert parts.account.spent_usd == 0.0
+        assert parts.account.reserve(0.25) and parts.account.reserve(0.5)
+        parts.account.settle(0.5, 0.375)
+        progress.step += 1
+        training.save(parts, progress, checkpointer, batches, 0.0)
+    for parts, _, _, progress in opened():
+        assert (progress.step, parts.account.spent_usd) == (NUM_STEPS + 1, 0.625)
+        assert not parts.account.reserve(0.376) and parts.account.reserve(0.375)
+
+
 def test_a_step_without_a_kept_group_goes_on(warm, unevaluated, monkeypatch):
     """Every rollout of the first step is ended by infrastructure, and one of each group of the second."""
     run_groups, steps = training.run_groups, iter(range(NUM_STEPS))

@@ -15,6 +15,7 @@ import numpy as np
 MAX_EXACT = 50_000
 NUM_PROBES = 32
 TRAINING_VECTORS_PER_LIST = 40
+EMBEDDING_TIMEOUT_S = 3600.0  # of a batch: a small server may be slow
 
 
 class EmbeddingEndpoint:
@@ -26,7 +27,7 @@ class EmbeddingEndpoint:
         if api_key_variable and not os.environ.get(api_key_variable):
             raise ValueError(f"the environment variable {api_key_variable!r} is not set: put the key into it")
         key = os.environ[api_key_variable] if api_key_variable else "none"
-        self._client = openai.OpenAI(base_url=endpoint, api_key=key)
+        self._client = openai.OpenAI(base_url=endpoint, api_key=key, timeout=EMBEDDING_TIMEOUT_S)
         self._model, self._batch_size = model, batch_size
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,100 @@
+"""The toolset of a run: what the config adds to the three tools, and how it wraps them."""
+
+import asyncio
+import contextlib
+import json
+import pathlib
+import sys
+
+import pytest
+
+from orchestra_jax.config import RunConfig
+from orchestra_jax.data.records import Document, Instance, Offer, Preference, Task
+from orchestra_jax.experts.replay import RecordedExpert
+from orchestra_jax.experts.simulated import SimulatedExperts
+from orchestra_jax.tools.budget import Account
+from orchestra_jax.tools.search.document_index import build_index
+from orchestra_jax.tools.tool import Evidence, ToolContext
+from orchestra_jax.toolset import build_experts, build_toolbox, load_descriptions, load_limits, open_store
+from orchestra_jax.types import CallStatus, Reason, ToolCall
+
+MCP_SERVER = pathlib.Path(__file__).parent / "tools" / "mcp_server.py"
+DOCUMENTS = (Document("a", "Cats", "tom is a cat"), Document("b", "Dogs", "rex is a dog"))
+OFFER = Offer("expert-1", "gpt-5", False, 1.0, 1.0, 2.0)
+TASK = Task(
+    "t", "geography", "one_hop", "Which cat?", "tom", "search", ("a",), query="tom", poor_query="tom", wrong_answer="x"
+)
+CONTEXT = ToolContext(Instance("i", TASK, Preference("any", "", {}), (OFFER,), 0), 0, Evidence())
+
+
+@contextlib.contextmanager
+def toolbox(config, account=None):
+    with contextlib.ExitStack() as resources:
+        yield build_toolbox(config, DOCUMENTS, None, account or Account(), resources)
+
+
+def call(box, name, arguments):
+    return asyncio.run(box.call(ToolCall(name, arguments), CONTEXT))
+
+
+def test_by_default_there_are_the_three_tools_and_nothing_around_them():
+    with toolbox(RunConfig()) as box:
+        assert [type(tool).__name__ for tool in box.tools] == ["Search", "EnhanceReasoning", "Answer"]
+        result = call(box, "search", {"model": "expert-1"})
+        assert result.evidence.document_ids == ("a",) and result.receipt.queue_s == 0.0
+
+
+def test_an_index_on_disk_takes_the_place_of_the_one_in_memory(tmp_path):
+    build_index(tmp_path / "index", [Document("z", "Tom", "another tom")])
+    config = RunConfig()
+    config.tools.index_directory = str(tmp_path / "index")
+    with toolbox(config) as box:
+        assert call(box, "search", {"model": "expert-1"}).evidence.document_ids == ("z",)
+
+
+def test_tools_of_a_server_are_added_recorded_limited_and_made_to_fail(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAVILY_API_KEY", "k")
+    (tmp_path / "mcp.json").write_text(json.dumps([{"command": [sys.executable, str(MCP_SERVER)], "prefix": "my_"}]))
+    (tmp_path / "limits.json").write_text(json.dumps({"my_add": {"timeout_s": 20, "max_attempts": 2}}))
+    config = RunConfig()
+    config.tools.mcp_path, config.tools.limits_path = str(tmp_path / "mcp.json"), str(tmp_path / "limits.json")
+    config.tools.recording_directory = str(tmp_path / "store")
+    config.tools.web_provider, config.experts.spend_cap_usd = "tavily", 1.0
+    with toolbox(config) as box:
+        assert box.names[:5] == ("search", "enhance_reasoning", "answer", "web_search", "my_add")
+        assert call(box, "my_add", {"a": 1, "b": 2}).text == "3"
+        assert call(box, "my_add", {"a": 1, "b": 2}).receipt.is_cache_hit
+        assert {type(tool).__name__ for tool in box.tools[3:]} == {"RecordedTool"}
+    config.tools.recording_mode, config.faults.busy_rate = "replay", 1.0
+    with toolbox(config) as box:
+        result = call(box, "my_add", {"a": 1, "b": 2})
+        assert (result.status, result.receipt.reason, result.receipt.attempt) == ("failed", Reason.RATE_LIMITED, 2)
+
+
+def test_a_recorded_run_wraps_its_endpoints_and_no_simulated_expert(tmp_path):
+    path = tmp_path / "endpoints.json"
+    path.write_text(json.dumps({"gpt-5": {"endpoint": "http://127.0.0.1:1/v1", "model": "m"}}))
+    config = RunConfig()
+    config.experts.endpoints_path, config.tools.recording_directory = str(path), str(tmp_path)
+    experts = build_experts(config, Account(), open_store(config))
+    assert isinstance(experts("gpt-5"), RecordedExpert) and isinstance(experts("gpt-5-mini"), SimulatedExperts)
+    config.tools.recording_mode = "replay"
+    with toolbox(config) as box:
+        result = call(box, "answer", {"model": "expert-1"})
+    assert (result.status, result.receipt.reason) == (CallStatus.FAILED, Reason.NOT_RECORDED)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "told"),
+    [
+        (load_limits, "[]", "the limits file .* is not understood"),
+        (load_limits, '{"search": {}}', "is not understood: .*timeout_s"),
+        (load_limits, '{"search": {"timeout_s": 0}}', "timeout_s must be positive"),
+        (load_descriptions, '{"gpt-5": 3}', "holds no JSON object of texts by model"),
+        (load_descriptions, "{", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_named(read, text, told, tmp_path):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read(str(tmp_path / "file.json"))
