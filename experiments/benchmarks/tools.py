@@ -1,7 +1,7 @@
 """What tools, sandbox and search cost: CPU seconds of this process where work is done here, else wall-clock seconds.
 
-    python -c "from experiments.benchmarks.tools import run; print(run())"
-    python -c "from experiments.benchmarks.tools import measure_search; print(measure_search(1_000_000))"
+    python -c "from experiments.benchmarks.tools import run; print(run('toolbox,sandbox'))"
+    python -c "from experiments.benchmarks.tools import run; print(run('search', 1_000_000))"
 
 The documents of the search are synthetic: words drawn by Zipf's law from a vocabulary of 200,000, 20 to 60 a document;
 vectors are drawn around 1,000 centres. Queries are four words, half of them among the 1,000 most frequent.
@@ -32,10 +32,17 @@ NUM_DIMS = 384
 NUM_QUERIES = 50
 
 
-def run(num_documents: int = 100_000) -> dict[str, float]:
-    """All figures of this file by name, units in the names."""
-    searching = {**measure_search(num_documents), **measure_vectors(num_documents)}
-    return {**measure_toolbox(), **measure_sandbox(), **searching}
+def run(parts: str = "toolbox,sandbox,search,vectors", num_documents: int = 100_000) -> dict[str, float]:
+    """The figures of some parts by name, units in the names. ValueError for a part that is none."""
+    measures = {
+        "toolbox": measure_toolbox,
+        "sandbox": measure_sandbox,
+        "search": lambda: measure_search(num_documents),
+        "vectors": lambda: measure_vectors(num_documents),
+    }
+    if unknown := sorted(set(parts.split(",")) - set(measures)):
+        raise ValueError(f"parts {unknown} are not among {sorted(measures)}")
+    return {name: value for part in parts.split(",") for name, value in measures[part]().items()}
 
 
 class _Nothing:

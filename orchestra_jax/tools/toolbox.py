@@ -71,8 +71,10 @@ class Toolbox:
         tool = self._tools[call.name]
         left_s = math.inf
         if context.allowance is not None:
-            left_s = context.allowance.left_s
-            if message := context.allowance.admit(_quote(tool, call, context)):
+            quote = _quote(tool, call, context)
+            if not quote.latency_s:  # else its time is modelled, and no wall clock may cut it
+                left_s = context.allowance.left_s
+            if message := context.allowance.admit(quote):
                 return refused(call.name, message, Reason.OVER_BUDGET)
         if call.name in self._limiters:
             return await self._run_limited(tool, call, context, left_s)

@@ -119,6 +119,12 @@ def test_a_call_that_outlasts_the_seconds_of_the_budget_is_cut():
     assert result.text == "work gave no result within the 0.2 s of the budget"
 
 
+def test_a_modelled_time_is_not_measured_against_the_wall_clock():
+    tool = Worker(quote=Quote(0.01, 0.05))
+    result = call(Toolbox([tool], 20.0), {"text": "a", "work_s": 0.2}, context=with_budget(1.0, 0.1))
+    assert (result.status, result.receipt.service_s) == (CallStatus.OK, 1.0)
+
+
 @pytest.mark.parametrize("has_limits", [False, True])
 def test_1000_calls_at_once(has_limits):
     tool = Worker()

@@ -39,7 +39,7 @@ _REFUSED_EVENTS = frozenset(
     "os.fork os.forkpty os.posix_spawn os.exec os.system os.spawn os.startfile subprocess.Popen pty.spawn "
     "os.killpg os.remove os.rename os.rmdir os.mkdir os.link os.symlink os.truncate "
     "os.chmod os.chown os.chflags os.utime os.setxattr os.removexattr resource.setrlimit resource.prlimit "
-    "sqlite3.connect mmap.__new__ signal.pthread_kill".split()
+    "mmap.__new__ signal.pthread_kill".split()
 )
 _REFUSED_PREFIXES = ("socket.", "ctypes.", "syslog.", "shutil.", "tempfile.", "gc.", "spwd.")
 _REFUSED_MODULES = frozenset("_ctypes _testcapi _testinternalcapi _xxsubinterpreters _multiprocessing readline".split())
@@ -222,6 +222,8 @@ def _refuse(event: str, arguments: tuple[object, ...], readable: tuple[str, ...]
         is_refused = bool(arguments[2] & _WRITE_FLAGS) or not _is_readable(arguments[0], readable)
     elif event in ("os.listdir", "os.scandir", "glob.glob"):
         is_refused = not _is_readable(arguments[0], readable)
+    elif event == "sqlite3.connect":
+        is_refused = arguments[0] != ":memory:"
     elif event == "os.kill":
         is_refused = arguments[0] != os.getpid()
     elif event == "import":

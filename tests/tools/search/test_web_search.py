@@ -4,20 +4,16 @@ import asyncio
 import dataclasses
 import json
 import logging
-import pathlib
-import sys
 import threading
 
 import pytest
+from json_server import serve
 
 from orchestra_jax.data.records import Instance, Preference, Task
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.search.web_search import PROVIDERS, WebSearch
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.types import CallStatus, Reason
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from json_server import serve  # noqa: E402
 
 KEY = "tvly-nobody-may-see-this"
 TASK = Task("t", "geography", "one_hop", "", "", "search")
