@@ -52,7 +52,7 @@ def test_an_index_on_disk_takes_the_place_of_the_one_in_memory(tmp_path):
         assert call(box, "search", {"model": "expert-1"}).evidence.document_ids == ("z",)
 
 
-def test_tools_of_a_server_are_added_recorded_limited_and_made_to_fail(tmp_path, monkeypatch):
+def test_tools_of_a_server_and_of_the_web_are_added_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("TAVILY_API_KEY", "k")
     (tmp_path / "mcp.json").write_text(json.dumps([{"command": [sys.executable, str(MCP_SERVER)], "prefix": "my_"}]))
     (tmp_path / "limits.json").write_text(json.dumps({"my_add": {"timeout_s": 20, "max_attempts": 2}}))
@@ -65,9 +65,14 @@ def test_tools_of_a_server_are_added_recorded_limited_and_made_to_fail(tmp_path,
         assert call(box, "my_add", {"a": 1, "b": 2}).text == "3"
         assert call(box, "my_add", {"a": 1, "b": 2}).receipt.is_cache_hit
         assert {type(tool).__name__ for tool in box.tools[3:]} == {"RecordedTool"}
-    config.tools.recording_mode, config.faults.busy_rate = "replay", 1.0
+
+
+def test_faults_are_drawn_anew_for_each_attempt_that_the_limits_allow(tmp_path):
+    (tmp_path / "limits.json").write_text(json.dumps({"search": {"timeout_s": 20, "max_attempts": 2}}))
+    config = RunConfig()
+    config.tools.limits_path, config.faults.busy_rate = str(tmp_path / "limits.json"), 1.0
     with toolbox(config) as box:
-        result = call(box, "my_add", {"a": 1, "b": 2})
+        result = call(box, "search", {"model": "expert-1"})
         assert (result.status, result.receipt.reason, result.receipt.attempt) == ("failed", Reason.RATE_LIMITED, 2)
 
 
