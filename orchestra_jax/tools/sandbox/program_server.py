@@ -42,7 +42,9 @@ _REFUSED_EVENTS = frozenset(
     "mmap.__new__ signal.pthread_kill".split()
 )
 _REFUSED_PREFIXES = ("socket.", "ctypes.", "syslog.", "shutil.", "tempfile.", "gc.", "spwd.")
-_REFUSED_MODULES = frozenset("_ctypes _testcapi _testinternalcapi _xxsubinterpreters _multiprocessing readline".split())
+_REFUSED_MODULES = frozenset(
+    "_ctypes _testcapi _testinternalcapi _xxsubinterpreters _interpreters _multiprocessing readline".split()
+)
 _UNAUDITED = ("mkfifo", "mknod", "memfd_create", "pidfd_open", "setpriority", "sched_setaffinity", "lockf", "setsid")
 _READABLE = ("/usr/share/zoneinfo", "/dev/null", "/dev/zero", "/dev/urandom", "/etc/localtime")
 
