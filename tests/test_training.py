@@ -313,7 +313,7 @@ def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
     kept = (0, 2, 3, 5, 6)
     advantages_KG = np.array([[number, -number] for number in kept], float)
     valid_PG, no_clip_KG = np.ones((7, 2), bool), np.zeros((5, 2), bool)
-    scored = ScoredGroups(np.zeros((7, 2)), valid_PG, kept, advantages_KG, no_clip_KG, {})
+    scored = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, kept, advantages_KG, no_clip_KG, {}, ())
     settings, shape = GrpoConfig(groups_per_update=2, group_size=2), BatchShape(2, 2, (4,), (4,))
     split = functools.partial(training.split_into_updates, groups, scored, settings, shape)
     updates = split(seed=0)
@@ -323,7 +323,7 @@ def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
     assert sorted(value for row in rows for value in row) == sorted(advantages_KG.ravel().tolist())
     assert [batch.advantages_B.tolist() for (batch,) in split(seed=0)] == [b.advantages_B.tolist() for (b,) in updates]
     assert any(not np.array_equal(a[0].advantages_B, b[0].advantages_B) for a, b in zip(updates, split(seed=1)))
-    nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {})
+    nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {}, ())
     assert training.split_into_updates(groups, nothing, settings, shape, seed=0) == []
 
 

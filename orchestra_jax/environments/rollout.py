@@ -34,6 +34,10 @@ class RolloutConfig:
     temperature: float
     orchestrator_usd_per_million_tokens: float
     orchestrator_tokens_per_s: float
+    num_corrections: int = 0  # malformed turns that are answered with CORRECTION; the next one ends the episode
+
+
+CORRECTION = "malformed call: write one call with its name and its arguments"
 
 
 class TokenStream:
@@ -83,6 +87,7 @@ class Episode:
     calls: list[CallRecord]
     evidence: Evidence
     answer: str | None = None
+    num_malformed: int = 0
 
 
 async def run_episode(
@@ -154,7 +159,10 @@ async def _run_turn(
         return EpisodeStatus.TOKEN_LIMIT
     turn = chat_format.parse_turn(chat, completion.tokens)
     if not (turn.is_well_formed and turn.calls):
-        return EpisodeStatus.MALFORMED
+        episode.num_malformed += 1
+        if episode.num_malformed > config.num_corrections:
+            return EpisodeStatus.MALFORMED
+        return _show(episode, chat, config, [CORRECTION])
     num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
     calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
     context = ToolContext(instance, rollout_index, episode.evidence)
@@ -169,10 +177,7 @@ def _one_too_many(call: ToolCall) -> ToolCall:
 def _record(
     episode: Episode, instance, environment, chat, config, calls: Sequence[ToolCall], results: Sequence[ToolResult]
 ) -> EpisodeStatus | None:
-    """Books the results of one turn in the order of its calls, and appends what the policy is shown.
-
-    Where no token is left behind that, the episode ends and nothing is appended: a stream never exceeds max_tokens.
-    """
+    """Books the results of one turn in the order of its calls, and appends what the policy is shown."""
     for call, result in zip(calls, results, strict=True):
         episode.ledger.charge(result.receipt)
         episode.evidence = episode.evidence.joined(result.evidence)
@@ -186,9 +191,16 @@ def _record(
         return EpisodeStatus.ANSWERED
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
+    return _show(episode, chat, config, [environment.observation(result.text, result.summary) for result in results])
+
+
+def _show(episode: Episode, chat: Chat, config: RolloutConfig, shown: Sequence[str]) -> EpisodeStatus | None:
+    """Ends the turn and appends what the policy is shown.
+
+    Where no token is left behind that, the episode ends and nothing is appended: a stream never exceeds max_tokens.
+    """
     forced = [] if episode.stream.tokens[-1] == chat.end_of_turn_id else [chat.end_of_turn_id]
-    shown = [environment.observation(result.text, result.summary) for result in results]
-    given = forced + chat_format.encode_observation(chat, shown)
+    given = forced + chat_format.encode_observation(chat, list(shown))
     if len(episode.stream.tokens) + len(given) >= config.max_tokens:
         return EpisodeStatus.TOKEN_LIMIT
     episode.stream.append_given(given)

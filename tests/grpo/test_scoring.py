@@ -7,9 +7,9 @@ for c dollars has the reward 1/2 + 1/2 (1 - c), a wrong one 0.
 import numpy as np
 import pytest
 
-from orchestra_jax.grpo.advantages import FilterReason
-from orchestra_jax.grpo.scoring import score_groups
-from orchestra_jax.rewards.preference import Objective
+from orchestra_jax.grpo.filters import FilterReason
+from orchestra_jax.grpo.scoring import ScoringSettings, score_groups
+from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup
 
 OBJECTIVES = (Objective("outcome", "maximize", 0.0, 1.0), Objective("cost_usd", "minimize", 0.0, 1.0))
@@ -28,8 +28,7 @@ def group(*rollouts):
 
 
 def score(*groups, **settings):
-    defaults = {"range_rule": "reference", "divide_by_std": False, "min_group_std": 0.1, "advantage_clip": 3.0}
-    return score_groups(groups, OBJECTIVES, **{**defaults, **settings})
+    return score_groups(groups, OBJECTIVES, ScoringSettings(**{"advantage": "dr_grpo", **settings}))
 
 
 GOOD = group(rollout(1.0, 0.0), rollout(0.0, 0.3), rollout(1.0, 0.8), rollout(0.0, 0.0))  # 1, 0, 0.6, 0
@@ -42,7 +41,7 @@ def test_rewards_and_advantages_by_hand():
     np.testing.assert_allclose(scored.rewards_PG, [[1.0, 0.0, 0.6, 0.0]])
     np.testing.assert_allclose(scored.advantages_KG, [[0.6, -0.4, 0.2, -0.4]])
     assert (scored.kept, scored.dropped) == ((0,), {})
-    divided = score(GOOD, divide_by_std=True)
+    divided = score(GOOD, advantage="grpo")
     std = np.sqrt((0.36 + 0.16 + 0.04 + 0.16) / 3)
     np.testing.assert_allclose(divided.advantages_KG, [[0.6 / std, -0.4 / std, 0.2 / std, -0.4 / std]], rtol=1e-5)
     clipped = score(GOOD, advantage_clip=0.5)
