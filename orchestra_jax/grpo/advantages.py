@@ -40,10 +40,15 @@ def _check(rewards_G, valid_G, std_ddof):
 
 
 def _deviations(rewards_G, valid_G, std_ddof):
-    """Returns (R - mean, std with kept last dimension); both 0 in a group with fewer than two valid rollouts."""
+    """Returns (R - mean, std with kept last dimension); both 0 in a group with fewer than two valid rollouts.
+
+    Both are 0 exactly, too, where all rewards are one number: the mean of three times 0.2 is not 0.2.
+    """
     num_valid = valid_G.sum(axis=-1, keepdims=True)
+    highest = np.where(valid_G, rewards_G, -np.inf).max(axis=-1, keepdims=True)
+    lowest = np.where(valid_G, rewards_G, np.inf).min(axis=-1, keepdims=True)
     mean = np.where(valid_G, rewards_G, 0.0).sum(axis=-1, keepdims=True) / np.maximum(num_valid, 1)
-    deviation_G = np.where(valid_G & (num_valid >= 2), rewards_G - mean, 0.0)
+    deviation_G = np.where(valid_G & (num_valid >= 2) & (highest > lowest), rewards_G - mean, 0.0)
     variance = (deviation_G**2).sum(axis=-1, keepdims=True) / np.maximum(num_valid - std_ddof, 1)
     return deviation_G, np.sqrt(variance)
 
