@@ -37,7 +37,8 @@ class RolloutConfig:
     num_corrections: int = 0  # malformed turns that are answered with CORRECTION; the next one ends the episode
 
 
-CORRECTION = "malformed call: write one call with its name and its arguments"
+CORRECTION = "Malformed call. Close your thinking, then write one call with its name and its arguments."
+SHORT_CORRECTION = "malformed call"
 
 
 class TokenStream:
@@ -162,7 +163,7 @@ async def _run_turn(
         episode.num_malformed += 1
         if episode.num_malformed > config.num_corrections:
             return EpisodeStatus.MALFORMED
-        return _show(episode, chat, config, [CORRECTION])
+        return _show(episode, chat, config, [environment.observation(CORRECTION, SHORT_CORRECTION)])
     num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
     calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
     context = ToolContext(instance, rollout_index, episode.evidence)

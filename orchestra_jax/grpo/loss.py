@@ -71,7 +71,7 @@ def _token_weights_alike(mask_BT, rollouts):
 
 
 def _token_weights_by_rollout(mask_BT, rollouts):
-    return mask_BT / rollouts.spread(jnp.maximum(rollouts.total(mask_BT), 1))
+    return mask_BT / jnp.maximum(rollouts.spread(rollouts.total(mask_BT)), 1)  # padding belongs to no segment: 0 / 1
 
 
 def _num_tokens(mask_BT, rollouts, length):
