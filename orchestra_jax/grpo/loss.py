@@ -193,6 +193,22 @@ def _policy_terms(policies, advantages_BT, mask_BT, rollouts, clips, correction_
     }
 
 
+def _regularisers(current_BT, mask_BT, reference_logprobs_BT, kl_coefficient, kl, entropy_BT, entropy_coefficient):
+    """(name, value [B, T], coefficient) of the KL and of the entropy, each where its array is given."""
+    found = []
+    if reference_logprobs_BT is not None:
+        reference_BT = jax.lax.stop_gradient(_masked(reference_logprobs_BT, mask_BT))
+        estimate = _choice("kl", kl, KL_ESTIMATORS)
+        found.append(("kl_reference", estimate(current_BT, reference_BT), kl_coefficient))
+    elif kl_coefficient != 0:
+        raise ValueError(f"kl_coefficient {kl_coefficient} needs reference_logprobs_BT; pass them, or 0")
+    if entropy_BT is not None:
+        found.append(("entropy", _masked(entropy_BT, mask_BT), -entropy_coefficient))
+    elif entropy_coefficient != 0:
+        raise ValueError(f"entropy_coefficient {entropy_coefficient} needs entropy_BT; pass it, or 0")
+    return found
+
+
 def _metrics(terms, mask_BT, rollouts):
     num_tokens = mask_BT.sum().astype(jnp.float32)
     metrics = {
@@ -260,16 +276,11 @@ def grpo_loss(
         (clip_low, clip_high, dual_clip), correction_clip, ratio, correction,
     )  # fmt: skip
     token_loss_BT = terms["policy_loss"]
-    if reference_logprobs_BT is not None:
-        reference_BT = jax.lax.stop_gradient(_masked(reference_logprobs_BT, mask_BT))
-        terms["kl_reference"] = _choice("kl", kl, KL_ESTIMATORS)(current_BT, reference_BT)
-        token_loss_BT = token_loss_BT + kl_coefficient * terms["kl_reference"]
-    elif kl_coefficient != 0:
-        raise ValueError(f"kl_coefficient {kl_coefficient} needs reference_logprobs_BT; pass them, or 0")
-    if entropy_BT is not None:
-        terms["entropy"] = _masked(entropy_BT, mask_BT)
-        token_loss_BT = token_loss_BT - entropy_coefficient * terms["entropy"]
-    elif entropy_coefficient != 0:
-        raise ValueError(f"entropy_coefficient {entropy_coefficient} needs entropy_BT; pass it, or 0")
+    regularisers = _regularisers(
+        current_BT, mask_BT, reference_logprobs_BT, kl_coefficient, kl, entropy_BT, entropy_coefficient
+    )
+    for name, value_BT, coefficient in regularisers:
+        terms[name] = value_BT
+        token_loss_BT = token_loss_BT + coefficient * value_BT
     loss = (token_loss_BT * token_weights(mask_BT, rollouts)).sum() / denominator
     return loss, _metrics(terms, mask_BT, rollouts)

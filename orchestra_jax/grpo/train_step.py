@@ -51,6 +51,14 @@ class LossSettings:
     kl: str = "k2"
     aggregation_length: int = 1  # tokens a rollout, of "constant"
 
+    def of_the_loss(self) -> dict[str, object]:
+        """Those that `grpo_loss` takes, by its own names."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("logprob_chunk", "aggregation_length")
+        }
+
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.int32(0))
@@ -166,17 +174,9 @@ def add_gradients(
             inputs.loss_mask_BC,
             denominator=denominator,
             kl_coefficient=kl_coefficient if reference_logprobs_BC is not None else 0.0,
-            correction_clip=settings.correction_clip,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
             entropy_BT=entropy_BC,
-            entropy_coefficient=settings.entropy_coefficient,
-            aggregation=settings.aggregation,
-            ratio=settings.ratio,
-            correction=settings.correction,
-            kl=settings.kl,
             segment_ids_BT=inputs.segment_ids_BC,
+            **settings.of_the_loss(),
         )
 
     (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
