@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 
-from experiments.tabular_policy import train
+from experiments.tabular_policy import Trained, train
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.loss import AGGREGATIONS
 from orchestra_jax.grpo.scoring import ScoringSettings
@@ -39,19 +39,22 @@ def scoring(form: str, advantage: str) -> ScoringSettings:
     return ScoringSettings(advantage=advantage, **CROSS_FORMS[form])
 
 
+def train_cell(cell: Cell, num_steps: int, seed: int = 0, num_per_preference: int = 12) -> Trained:
+    form, advantage, aggregation = cell
+    return train(
+        scoring(form, advantage), aggregation, floors=FLOORS if form == "paper_with_floor" else {},
+        num_steps=num_steps, num_per_preference=num_per_preference, seed=seed,
+    )  # fmt: skip
+
+
 def train_cross(
     num_steps: int, seed: int = 0, num_per_preference: int = 12, report: Callable[[str], None] = lambda _: None
 ) -> dict[Cell, float]:
     """The score of every cell: 0 is the random policy, 1 the optimum. One to two minutes of CPU at 100 steps."""
     found = {}
-    for form, advantage, aggregation in cross():
-        floors = FLOORS if form == "paper_with_floor" else {}
-        trained = train(
-            scoring(form, advantage), aggregation,
-            floors=floors, num_steps=num_steps, num_per_preference=num_per_preference, seed=seed,
-        )  # fmt: skip
-        found[form, advantage, aggregation] = trained.score
-        report(f"{form} {advantage} {aggregation} {trained.score:.3f}")
+    for cell in cross():
+        found[cell] = train_cell(cell, num_steps, seed, num_per_preference).score
+        report(f"{' '.join(cell)} {found[cell]:.3f}")
     return found
 
 

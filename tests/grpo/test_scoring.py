@@ -108,6 +108,18 @@ def test_the_cheapest_right_answer_gains_most_and_the_wrong_one_loses(range_rule
     assert 0 == scored.rewards_PG[0, 3] < 0.5 <= scored.rewards_PG[0, 2] < scored.rewards_PG[0, 0] <= 1
 
 
+def test_without_a_floor_a_hundredth_of_a_cent_has_a_full_size_advantage():
+    """Two right answers for $0.0400 and $0.0401: the paper's form pays half the reward for the difference."""
+    pennies = group(rollout(1.0, 0.0400), rollout(1.0, 0.0401))
+    paper = score(pennies, range_rule="group", advantage="grpo")
+    np.testing.assert_allclose(paper.rewards_PG, [[0.5, 0.0]])
+    np.testing.assert_allclose(paper.advantages_KG, [[np.sqrt(0.5), -np.sqrt(0.5)]], rtol=1e-4)
+    floored = (OBJECTIVES[0], dataclasses.replace(OBJECTIVES[1], range_floor=0.012))
+    scored = score_groups([pennies], floored, ScoringSettings(range_rule="group"))
+    np.testing.assert_allclose(scored.rewards_PG, [[0.5 / 120, 0.0]])
+    assert scored.dropped == {FilterReason.HOMOGENEOUS: 1}
+
+
 def test_a_tool_that_one_rollout_used_once_counts_and_the_others_are_not_negative():
     """The release takes a tool's range from its users alone: min == max, and whoever did not use it falls below 0."""
     objectives = (OBJECTIVES[0], tool_objective("search"))
