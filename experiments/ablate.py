@@ -24,7 +24,7 @@ _SIZE = flags.DEFINE_enum("size", "tabular", ["tabular", "miniature", "full"], "
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablate", "Holds a run directory for each variant and seed.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of every run; of a table the first one.")
 _VARIANTS = flags.DEFINE_list("variants", [], "Variants by name; none: all of the size.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 100, "Of a table's training.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Of a table's training.", lower_bound=1)
 
 
 def run_variants(config, names: tuple[str, ...], seeds: list[int], workdir: pathlib.Path) -> str:
