@@ -80,7 +80,7 @@ def one_step(params=SMALL, **fields):
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_frozen_parameters_stay_and_enter_no_norm(name):
     params, _ = one_step(name=name, frozen=("embedding", "layers/scale"), weight_decay=0.5)
     np.testing.assert_array_equal(params["embedding"], SMALL["embedding"])
@@ -105,7 +105,7 @@ def test_groups_are_named_by_their_paths():
         one_step(undecayed=("bias",))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_moments_in_half_the_bytes_step_almost_alike(name):
     whole, state = one_step(name=name)
     half, half_state = one_step(name=name, moment_dtype="bfloat16")
