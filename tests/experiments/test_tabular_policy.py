@@ -92,14 +92,14 @@ def test_the_cross_is_full_and_the_table_names_every_choice():
 
 @pytest.mark.slow
 def test_a_table_learns_the_optimum_and_the_range_of_the_group_sells_accuracy_for_pennies():
-    """The paper's own form, with all else equal; a floor at the reference range mends it."""
+    """The paper's own form, with all else equal; a floor at the reference range mends half of it."""
     anchored, plain, floored = (
         tabular_cross.train_cell((form, "grpo", "sequence_mean"), num_steps=400, num_per_preference=20)
         for form in ("anchored", "paper", "paper_with_floor")
     )
     accuracy = STATISTICS.index("accuracy")
-    assert anchored.score >= 0.95 and floored.score >= 0.95
-    assert plain.score < anchored.score - 0.05
+    assert anchored.score >= 0.95
+    assert plain.score < anchored.score - 0.05 and plain.score + 0.05 < floored.score
     assert plain.statistics_IS[:, accuracy].mean() < anchored.statistics_IS[:, accuracy].mean() - 0.03
 
 
