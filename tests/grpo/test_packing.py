@@ -224,27 +224,31 @@ def test_two_thousand_long_rollouts_are_scored_and_packed_within_a_second():
 
 
 MESHES = """
-import jax, jax.numpy as jnp, numpy as np
+import dataclasses, jax, jax.numpy as jnp, numpy as np
 from orchestra_jax import sharding
 from orchestra_jax.models import transformer
 from tests.grpo.test_packing import (
     ADVANTAGES_PG, BatchShape, CHUNK, GROUPS, LossSettings, PackedShape, TINY, TRAINED_PG,
-    add_gradients, batch_denominator, batch_logprobs, fixed_params, make_micro_batches, make_packed_batches,
+    add_gradients, batch_denominator, batch_logprobs, make_micro_batches, make_packed_batches,
 )
 
 assert jax.device_count() == 8
+config = dataclasses.replace(TINY, vocab_size=38)  # a multiple of the tensor axis
+fixed_params = [jax.device_get(transformer.init_params(config, jax.random.key(seed))) for seed in (0, 1)]
 settings = LossSettings(0.2, 0.28, 10.0, 2.0, 0.01, "rollout_mean", CHUNK, "sequence", "token", "k3")
 (packed,) = make_packed_batches(GROUPS, ADVANTAGES_PG, TRAINED_PG, PackedShape(8, 32, 3))
 (shared,) = make_micro_batches(GROUPS, ADVANTAGES_PG, TRAINED_PG, BatchShape(4, 2, (6,), (14,)))
-axes = transformer.logical_axes(TINY)
-other = {id(batch): batch_logprobs(fixed_params(1), batch, 0.9, config=TINY, chunk=CHUNK) for batch in (packed, shared)}
+axes = transformer.logical_axes(config)
+other = {
+    id(batch): batch_logprobs(fixed_params[1], batch, 0.9, config=config, chunk=CHUNK) for batch in (packed, shared)
+}
 found = []
 for sizes, batch in (
-    ({"data": 1}, packed), ({"data": 8}, packed), ({"fsdp": 4, "tensor": 2}, packed),
+    ({"data": 1}, packed), ({"fsdp": 4, "tensor": 2}, packed), ({"data": 8}, packed),
     ({"data": 2, "fsdp": 2, "tensor": 2}, packed), ({"data": 2, "tensor": 2}, shared),
 ):
     mesh = sharding.make_mesh(sizes)
-    params = sharding.place(fixed_params(0), sharding.shardings(axes, mesh))
+    params = sharding.place(fixed_params[0], sharding.shardings(axes, mesh))
     rows = jax.sharding.NamedSharding(mesh, sharding.mesh_axes(("batch",), mesh))
     placed = type(batch)(*(jax.device_put(x, rows) for x in batch))
     old = jax.device_put(np.asarray(other[id(batch)]), rows)
@@ -252,7 +256,7 @@ for sizes, batch in (
         denominator = float(batch_denominator(placed, settings=settings))
         zeros = jax.tree.map(jnp.zeros_like, params)
         gradients, metrics = add_gradients(
-            zeros, params, placed, old, old, 0.9, 0.1, denominator, config=TINY, settings=settings
+            zeros, params, placed, old, old, 0.9, 0.1, denominator, config=config, settings=settings
         )
     found.append((float(metrics["loss"]), jax.device_get(gradients)))
 loss, gradients = found[0]
