@@ -183,9 +183,7 @@ def play(config: RunConfig, parts: Components, engine, step: int, instances, rou
     """The groups of `instances`; round 0 is a step's first, later ones resample."""
     rounds = (round_number,) if round_number else ()
     seed = derive_seed(config.seed, "rollout", step, *rounds)
-    return run_groups(
-        instances, config.grpo.group_size, parts.environment, engine, parts.chat, parts.rollout, seed
-    )  # fmt: skip
+    return run_groups(instances, config.grpo.group_size, parts.environment, engine, parts.chat, parts.rollout, seed)
 
 
 def score(config: RunConfig, parts: Components, progress: Progress, groups: list[TrajectoryGroup]) -> ScoredGroups:

@@ -8,7 +8,7 @@ longest trajectory on (Johnson 1974: at most 11/9 of the fewest rows there could
     segments    1  1  1  1    2  2  2  2   0 0        made of `segment_lengths_RS` on the device, positions too
 
 Compared with batching.py a shared prompt is computed G times and padding all but vanishes. On 2,048 lengths of a
-log-normal distribution (median 4,000, sigma 1, cut to 256..24,000; rows of 24,576, 4 rows a micro-batch) 2 % of the
+log-normal distribution (median 4,000, sigma 1, cut to 256..24,000; rows of 24,576, 4 rows a micro-batch) 1 % of the
 slots are padding (tests/grpo/test_packing.py).
 
 Numpy, but for `layout`. Legend: R rows of a micro-batch, T tokens of a row, S segments of a row at most, P groups, G
