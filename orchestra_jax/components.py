@@ -20,14 +20,20 @@ from orchestra_jax.environments.question_answering import QuestionAnswering, ref
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
-from orchestra_jax.grpo.loss import AGGREGATIONS
+from orchestra_jax.grpo.advantages import ADVANTAGES
+from orchestra_jax.grpo.filters import FILTERS, OVERLONG
+from orchestra_jax.grpo.loss import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, RATIOS
 from orchestra_jax.models.config import MODELS, ModelConfig
 from orchestra_jax.optimizers import OPTIMIZERS
-from orchestra_jax.rewards.preference import RANGE_RULES, Objective
+from orchestra_jax.rewards.normalization import RANGE_RULES
+from orchestra_jax.rewards.objectives import Objective
+from orchestra_jax.rewards.preference import FORMS
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
 from orchestra_jax.toolset import build_toolbox, load_descriptions
 
+BATCHINGS = ("shared_prompt", "packed")
+KL_IN_REWARD = "k1_reward"
 VOCAB_MULTIPLE = 32  # the embedding is padded to it
 
 
@@ -64,7 +70,15 @@ def check_config(config: RunConfig) -> None:
     choices = {
         "model": (config.model, MODELS),
         "engine": (config.engine, ENGINES),
+        "grpo.batching": (config.grpo.batching, BATCHINGS),
+        "grpo.reward_form": (config.grpo.reward_form, FORMS),
         "grpo.range_rule": (config.grpo.range_rule, RANGE_RULES),
+        "grpo.advantage": (config.grpo.advantage, ADVANTAGES),
+        "grpo.filters": (config.grpo.filters, FILTERS),
+        "grpo.overlong": (config.grpo.overlong, OVERLONG),
+        "grpo.ratio": (config.grpo.ratio, RATIOS),
+        "grpo.correction": (config.grpo.correction, CORRECTIONS),
+        "grpo.kl": (config.grpo.kl, (*KL_ESTIMATORS, KL_IN_REWARD)),
         "grpo.aggregation": (config.grpo.aggregation, AGGREGATIONS),
         "warm_start.optimizer.name": (config.warm_start.optimizer.name, OPTIMIZERS),
         "grpo.optimizer.name": (config.grpo.optimizer.name, OPTIMIZERS),
@@ -81,11 +95,37 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
         )
+    _check_reward(config)
     if config.checkpoint_every < 1 or config.grpo.group_size < 2:
         raise ValueError(
             f"checkpoint_every {config.checkpoint_every} must be 1 or more, and grpo.group_size "
             f"{config.grpo.group_size} must be 2 or more: a rollout is compared with the others of its group"
         )
+
+
+def _check_reward(config: RunConfig) -> None:
+    settings = config.grpo
+    budgets = (settings.budget_cost_usd, settings.budget_latency_s)
+    if settings.reward_form == "constrained" and all(math.isinf(each) for each in budgets):
+        raise ValueError('grpo.reward_form "constrained" needs grpo.budget_cost_usd or grpo.budget_latency_s: set one')
+    if settings.reward_form == "per_objective" and (settings.overlong == "soft" or settings.kl == KL_IN_REWARD):
+        raise ValueError(
+            'grpo.reward_form "per_objective" has no one reward that a length or KL penalty could be taken from: set '
+            "grpo.overlong to keep or mask, and grpo.kl to k2 or k3"
+        )
+    longest = config.episode.max_tokens
+    is_packing = settings.batching == "packed" or settings.kl == KL_IN_REWARD
+    if is_packing and settings.tokens_per_row < longest:
+        raise ValueError(f"grpo.tokens_per_row {settings.tokens_per_row} must hold episode.max_tokens {longest}")
+    if settings.overlong == "soft" and not 1 <= settings.overlong_buffer_tokens <= longest:
+        raise ValueError(f"grpo.overlong_buffer_tokens {settings.overlong_buffer_tokens} must lie in 1 to {longest}")
+
+
+def build_objectives(config: RunConfig) -> tuple[Objective, ...]:
+    """The objectives of the default world, with the range floors of the config."""
+    floors = {"cost_usd": config.grpo.range_floor_cost_usd, "latency_s": config.grpo.range_floor_latency_s}
+    objectives = reference_objectives(config.world.reference_cost_usd, config.world.reference_latency_s)
+    return tuple(dataclasses.replace(each, range_floor=floors.get(each.name, 0.0)) for each in objectives)
 
 
 def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
@@ -119,12 +159,13 @@ def build_components(config: RunConfig) -> Components:
         environment=environment,
         resources=resources,
         account=account,
-        objectives=reference_objectives(config.world.reference_cost_usd, config.world.reference_latency_s),
+        objectives=build_objectives(config),
         rollout=RolloutConfig(
             max_turn_tokens=config.episode.max_turn_tokens,
             max_tokens=config.episode.max_tokens,
             calls_per_turn=config.episode.calls_per_turn,
             temperature=config.episode.temperature,
+            num_corrections=config.episode.num_corrections,
             orchestrator_usd_per_million_tokens=config.world.orchestrator_usd_per_million_tokens,
             orchestrator_tokens_per_s=config.world.orchestrator_tokens_per_s,
             ends_on_tool_failure=config.episode.ends_on_tool_failure,

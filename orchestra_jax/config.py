@@ -6,6 +6,7 @@ What is wrong with one is said by components.check_config.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.experts.world import WorldConfig
@@ -66,6 +67,7 @@ class EpisodeConfig:
     tool_timeout_s: float = 30.0
     ends_on_tool_failure: bool = True  # else the policy is shown the failure and goes on
     should_correct_calls: bool = False  # a call that cannot be read is told so; else the turn ends the episode
+    num_corrections: int = 0  # malformed turns that are answered with a corrective message; the next one ends it
 
 
 @dataclasses.dataclass
@@ -87,15 +89,40 @@ class GrpoConfig:
     groups_per_micro_batch: int = 4  # gradients are summed over micro-batches of this size
     prompt_buckets: tuple[int, ...] = (48, 88)  # padded lengths; the last token of a prompt does not count
     completion_buckets: tuple[int, ...] = (45, 100)  # one for episode.max_tokens is added
+    batching: str = "shared_prompt"  # "packed": whole trajectories in rows of tokens_per_row (grpo/packing.py)
+    tokens_per_row: int = 768
+    rows_per_micro_batch: int = 4
+    segments_per_row: int = 16
     num_updates: int = 1  # optimizer steps on the same groups
-    range_rule: str = "reference"  # "group" is the paper's (rewards/preference.py)
-    divide_by_std: bool = True
-    min_group_std: float = 0.1  # the homogeneity filter
+    # The reward: rewards/preference.py, normalization.py, constraints.py.
+    reward_form: str = "gated_sum"
+    range_rule: str = "reference"  # "group" is the paper's
+    range_floor_cost_usd: float = 0.0  # of "group" and "correct"; 0 is the paper's
+    range_floor_latency_s: float = 0.0
+    budget_cost_usd: float = math.inf  # of "constrained", on the mean over rollouts
+    budget_latency_s: float = math.inf
+    multiplier_rate: float = 0.05
+    # The advantage: grpo/advantages.py.
+    advantage: str = "grpo"
+    std_ddof: int = 1
+    std_epsilon: float = 1e-6
+    std_floor: float = 0.0
     advantage_clip: float = 3.0
+    # The filters: grpo/filters.py.
+    filters: str = "negatives_stay"  # "paper" drops malformed and unanswered rollouts from the loss
+    min_group_std: float = 0.1
+    max_resamples: int = 0  # rounds in which homogeneous groups are replaced (collection.py)
+    overlong: str = "keep"  # "mask" or "soft"
+    overlong_buffer_tokens: int = 32
+    max_policy_lag: int = 4  # versions
+    # The loss: grpo/loss.py.
+    ratio: str = "token"
+    correction: str = "token"
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 10.0
     correction_clip: float = 2.0
+    kl: str = "k2"  # "k3", or "k1_reward": no term of the loss (grpo/kl_penalty.py)
     kl_coefficient: float = 0.2  # to the warm start; falls linearly to the final one
     final_kl_coefficient: float = 0.1
     entropy_coefficient: float = 0.0

@@ -53,7 +53,10 @@ METRICS = {
     "episode/truncated_share": "share of rollouts that a turn or token limit ended",
     # What never reaches the loss.
     "filter/kept_groups_share": "share of groups that are trained on",
-    "filter/reason/<reason>": "share of groups dropped for this reason (grpo.advantages.FilterReason)",
+    "filter/reason/<reason>": "share of groups dropped for this reason (grpo.filters.FilterReason)",
+    "filter/rollouts/<effect>/<reason>": "share of rollouts that a filter decided about so (grpo.filters)",
+    "filter/resampled_share": "groups played in the place of homogeneous ones, per group of the step",
+    "multiplier/<objective>": "Lagrange multiplier of the budget on this objective",
     "filter/failed_share": "share of rollouts that infrastructure ended: left out of every statistic",
     "filter/masked_tokens_share": "share of completion tokens outside the loss mask",
     "advantage/std": "standard deviation of the advantages over the trained rollouts",

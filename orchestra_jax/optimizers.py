@@ -5,16 +5,24 @@
          whose scale, 0.2 sqrt(max(fan_in, fan_out)), makes rates comparable with AdamW's); the embedding, an untied
          head and the norms' scales go by Adam. On the small policy it learns faster from the same rollouts and
          leaves the thought readable at rates where AdamW does not (docs/log.md).
+
+The chain: gradients of frozen parameters become 0, the global norm of the others is clipped, the optimizer steps.
+Around it, where asked: moments in bfloat16, float32 master weights of parameters that are stored in less, and optimizer
+state that lies in host memory between steps (written for GPUs and not measured on one).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
+MOMENT_DTYPES = ("float32", "bfloat16")
 MUON_RMS = 0.2  # root mean square of an update at rate 1
 # (axes in, axes out) of each weight matrix of models.transformer; axis 0 is the layer.
 MUON_AXES = {
@@ -31,7 +39,11 @@ MUON_AXES = {
 @dataclasses.dataclass
 class OptimizerConfig:
     """The rate rises linearly over `warmup_steps`, stays, and falls linearly over the last `falling_share` of the steps
-    to `final_share` of itself."""
+    to `final_share` of itself.
+
+    Groups of parameters are named by regular expressions that are searched for in a path such as
+    "layers/attention/query": `frozen` ones never move, `undecayed` ones have no weight decay.
+    """
 
     name: str = "muon"  # a key of OPTIMIZERS
     learning_rate: float = 1e-3
@@ -43,6 +55,11 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     max_gradient_norm: float = 1.0
+    frozen: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ()
+    moment_dtype: str = "float32"  # "bfloat16" halves the optimizer state; updates are computed in float32
+    has_master_weights: bool = False  # a float32 copy steps, the parameters are its rounding
+    is_state_on_host: bool = False  # between steps
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -65,8 +82,30 @@ def _muon_axes(params):
     return jax.tree_util.tree_map_with_path(axes_of, params)
 
 
+def in_group(params, patterns: tuple[str, ...]):
+    """The tree of `params` with True where a pattern is found in the path of the leaf.
+
+    ValueError for a pattern that is found nowhere.
+    """
+    paths = _paths(params)
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"no parameter's path matches {pattern!r}: the paths are {paths}")
+    is_in = [any(re.search(pattern, path) for pattern in patterns) for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(params), is_in)
+
+
+def _paths(params) -> list[str]:
+    return ["/".join(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _weight_decay(config: OptimizerConfig) -> float:
+    """The optimizer's own, which decays all; groups that are excepted are the business of `decay_others`."""
+    return 0.0 if config.undecayed else config.weight_decay
+
+
 def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+    return optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=_weight_decay(config))
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -75,8 +114,8 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
         beta=config.momentum,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
-        weight_decay=config.weight_decay,
-        adam_weight_decay=config.weight_decay,
+        weight_decay=_weight_decay(config),
+        adam_weight_decay=_weight_decay(config),
         muon_weight_dimension_numbers=_muon_axes,
         consistent_rms=MUON_RMS,
     )
@@ -85,17 +124,132 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
+def freeze(patterns: tuple[str, ...]) -> optax.GradientTransformation:
+    """Zeroes what belongs to the group: gradients as the first link, updates as the last (weight decay moves too)."""
+
+    def update(updates, state, params=None):
+        is_frozen = in_group(updates, patterns)
+        kept = jax.tree.map(lambda leaf, frozen: jnp.zeros_like(leaf) if frozen else leaf, updates, is_frozen)
+        return kept, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def with_moment_dtype(optimizer: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+    """Keeps the floating-point arrays of the optimizer's state in `dtype` and computes with them in float32."""
+
+    def cast(state, to):
+        def convert(leaf):
+            return leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim else leaf
+
+        return jax.tree.map(convert, state)
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
+
+
+def check_groups(patterns: tuple[str, ...]) -> optax.GradientTransformation:
+    """Changes nothing; refuses a pattern that names no parameter when the state is made."""
+
+    def init(params):
+        in_group(params, patterns)
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+def decay_others(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Decoupled weight decay, rate * weight_decay * parameter, of all that is not in the group `undecayed`.
+
+    A link of its own: optax's Muon has a mask for its matrices and none for what goes by Adam.
+    """
+
+    def update(updates, state, params=None):
+        factor = schedule(state.count) * config.weight_decay
+        undecayed = in_group(params, config.undecayed)
+        decayed = jax.tree.map(lambda leaf, p, is_in: leaf if is_in else leaf - factor * p, updates, params, undecayed)
+        return decayed, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
+
+
+class MasterWeights(NamedTuple):
+    weights: object  # float32, of the shapes of the parameters
+    state: object
+
+
+def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Steps a float32 copy of the parameters; the update takes the parameters to the copy's rounding, exactly.
+
+    An update that is small against a bfloat16 parameter would round away: it adds up in the copy.
+    """
+
+    def widen(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params):
+        weights = widen(params)
+        return MasterWeights(weights, optimizer.init(weights))
+
+    def update(updates, state, params=None):
+        updates, inner = optimizer.update(widen(updates), state.state, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        # In float32 the difference of two numbers of less precision is exact, and so is the sum that undoes it.
+        steps = jax.tree.map(
+            lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32), weights, params
+        )
+        return steps, MasterWeights(weights, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def with_state_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets the state lie in the host's memory between steps: two copies a step for the memory of the moments.
+
+    For accelerators; on a CPU both places are the same memory. Not measured on a GPU.
+    """
+
+    def move(state, space):
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if jnp.ndim(leaf) else leaf, state)
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, move(state, jax.memory.Space.Device), params)
+        return updates, move(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(lambda params: move(optimizer.init(params), jax.memory.Space.Host), update)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clips the global norm, then steps.
+    """Clips the global norm, then steps; see the top of the file for what else is in the chain.
 
     Args:
       config: what the optimizer is and how fast it goes.
       num_steps: optimizer steps of the whole run, over which the rate decays.
 
     Raises:
-      ValueError: an unknown optimizer.
+      ValueError: an unknown optimizer or moment dtype. A pattern that names no parameter is refused when the state is
+        made.
     """
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optimizer name {config.name!r} is not one of {sorted(OPTIMIZERS)}")
+    if config.moment_dtype not in MOMENT_DTYPES:
+        raise ValueError(f"optimizer moment_dtype {config.moment_dtype!r} is not one of {MOMENT_DTYPES}")
     schedule = learning_rate_schedule(config, num_steps)
-    return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), OPTIMIZERS[config.name](config, schedule))
+    frozen = [freeze(config.frozen)] if config.frozen else []
+    named = (*config.frozen, *config.undecayed)
+    optimizer = optax.chain(
+        *([check_groups(named)] if named else []),
+        *frozen,
+        optax.clip_by_global_norm(config.max_gradient_norm),
+        OPTIMIZERS[config.name](config, schedule),
+        *([decay_others(config, schedule)] if config.undecayed else []),
+        *frozen,
+    )
+    if config.moment_dtype != "float32":
+        optimizer = with_moment_dtype(optimizer, config.moment_dtype)
+    if config.has_master_weights:
+        optimizer = with_master_weights(optimizer)
+    return with_state_on_host(optimizer) if config.is_state_on_host else optimizer

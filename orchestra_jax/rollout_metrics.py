@@ -13,7 +13,8 @@ import numpy as np
 
 from orchestra_jax.data.records import Instance
 from orchestra_jax.grpo.scoring import ScoredGroups
-from orchestra_jax.rewards.preference import Objective, objective_vector, utility
+from orchestra_jax.rewards.objectives import Objective, objective_vector
+from orchestra_jax.rewards.preference import utility
 from orchestra_jax.tools.ledger import replay_receipts
 from orchestra_jax.types import CallStatus, EpisodeStatus, Reason, Trajectory, TrajectoryGroup
 
@@ -148,6 +149,11 @@ def _filters(scored: ScoredGroups, rollouts) -> dict[str, float]:
         "filter/masked_tokens_share": float(1 - completion_mask.mean()) if len(completion_mask) else 0.0,
         **{f"filter/reason/{reason}": count / num_groups for reason, count in scored.dropped.items()},
     }
+    of_rollouts = collections.Counter(
+        (each.effect, each.reason) for each in scored.decisions if each.rollout is not None
+    )
+    for (effect, reason), count in of_rollouts.items():
+        values[f"filter/rollouts/{effect}/{reason}"] = count / len(rollouts)
     if scored.kept:
         values["advantage/std"] = float(scored.advantages_KG.std())
         values["advantage/clipped_share"] = float(scored.is_clipped_KG.mean())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Iterator
@@ -19,21 +20,33 @@ import numpy as np
 from tqdm import tqdm
 
 from orchestra_jax.checkpoints import Checkpointer
-from orchestra_jax.components import Components, build_components, build_engine
+from orchestra_jax.collection import collect
+from orchestra_jax.components import KL_IN_REWARD, Components, build_components, build_engine
 from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.pipeline import make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
 from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
+from orchestra_jax.grpo.kl_penalty import reference_kl
+from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_batches
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
-from orchestra_jax.grpo.train_step import LossSettings, TrainState, init_state, train_step
+from orchestra_jax.grpo.train_step import TrainState, init_state, train_step
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.models.transformer import init_params
 from orchestra_jax.optimizers import make_optimizer
+from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
+from orchestra_jax.rewards.objectives import objective_vector
 from orchestra_jax.rollout_metrics import rollout_metrics
 from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
 from orchestra_jax.seeds import derive_seed
+from orchestra_jax.settings import (
+    batch_shape,
+    completion_buckets,
+    loss_settings,
+    packed_shape,
+    scoring_settings,
+)
 from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
@@ -48,6 +61,7 @@ class Progress:
     reference_params: object  # the warm start: what the KL term pulls towards
     step: int  # GRPO steps done
     wall_s: float  # of earlier sessions of the run
+    multipliers: dict[str, float] = dataclasses.field(default_factory=dict)  # Lagrange multipliers, by objective
 
 
 def run(config: RunConfig, workdir: str) -> dict[str, object]:
@@ -111,7 +125,9 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
                 metrics.write(step, {"warm_start/loss": float(loss)})
                 bar.set_postfix(loss=f"{float(loss):.3f}")
     optimizer = grpo_optimizer(config.grpo)
-    return Progress(init_state(state.params, optimizer), jax.tree.map(jnp.copy, state.params), 0, 0.0)
+    reference_params = jax.tree.map(jnp.copy, state.params)
+    multipliers = initial_multipliers(scoring_settings(config).budgets)
+    return Progress(init_state(state.params, optimizer), reference_params, 0, 0.0, multipliers)
 
 
 def improve(
@@ -126,31 +142,29 @@ def improve(
 ) -> Progress:
     """GRPO from `progress.step` on. KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
-    shape = BatchShape(
-        settings.groups_per_micro_batch, settings.group_size, settings.prompt_buckets, completion_buckets(config)
-    )
+    shape = batch_shape(config)
     engine = build_engine(config, parts, progress.state.params, version=progress.step)
     bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)
     with interrupt_flag() as interrupt:
         for step in bar:
             clock = [time.monotonic()]
-            instances = next(batches)
-            groups = run_groups(
-                instances, settings.group_size, parts.environment, engine, parts.chat, parts.rollout,
-                derive_seed(config.seed, "rollout", step),
-            )  # fmt: skip
-            clock.append(time.monotonic())
-            scored = score_groups(
-                groups, parts.objectives, range_rule=settings.range_rule, divide_by_std=settings.divide_by_std,
-                min_group_std=settings.min_group_std, advantage_clip=settings.advantage_clip,
-            )  # fmt: skip
+            instances, groups, scored, num_resampled, score_s = collect(
+                functools.partial(next, batches),
+                functools.partial(play, config, parts, engine, step),
+                functools.partial(score, config, parts, progress),
+                settings.max_resamples,
+            )
+            clock.append(time.monotonic() - score_s)
             updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
             losses = take_optimizer_steps(config, parts, progress, updates, optimizer)
             asyncio.run(engine.update_weights(progress.state.params, step + 1))
+            raise_multipliers(config, parts, progress, groups, scored)
             progress.step = step + 1
             clock.append(time.monotonic())
             values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
+            values["filter/resampled_share"] = num_resampled / len(groups)
+            values.update({f"multiplier/{name}": value for name, value in progress.multipliers.items()})
             values |= {"spend/total_usd": parts.account.spent_usd} if parts.account.spent_usd else {}
             metrics.write(step, values)
             bar.set_postfix({name: f"{values.get(f'score/{name}', np.nan):.3f}" for name in ("reward", "accuracy")})
@@ -166,15 +180,50 @@ def improve(
     return progress
 
 
+def play(config: RunConfig, parts: Components, engine, step: int, instances, round_number: int):
+    """The groups of `instances`; round 0 is a step's first, later ones resample."""
+    rounds = (round_number,) if round_number else ()
+    seed = derive_seed(config.seed, "rollout", step, *rounds)
+    return run_groups(instances, config.grpo.group_size, parts.environment, engine, parts.chat, parts.rollout, seed)
+
+
+def score(config: RunConfig, parts: Components, progress: Progress, groups: list[TrajectoryGroup]) -> ScoredGroups:
+    settings, penalty_PG = config.grpo, 0.0
+    coefficient = kl_coefficient(settings, progress.step)
+    if settings.kl == KL_IN_REWARD and coefficient:
+        penalty_PG = coefficient * reference_kl(
+            groups, progress.reference_params, parts.rollout.temperature,
+            config=parts.model_config, chunk=settings.logprob_chunk, shape=packed_shape(settings),
+        )  # fmt: skip
+    return score_groups(
+        groups, parts.objectives, scoring_settings(config),
+        policy_version=progress.step, multipliers=progress.multipliers, kl_penalty_PG=penalty_PG,
+    )  # fmt: skip
+
+
+def raise_multipliers(config: RunConfig, parts: Components, progress: Progress, groups, scored: ScoredGroups) -> None:
+    """One step of dual ascent on the budgets, if there are any."""
+    budgets = scoring_settings(config).budgets
+    if not budgets:
+        return
+    vectors_PGM = np.array(
+        [[objective_vector(each.objectives, parts.objectives) for each in group.trajectories] for group in groups]
+    )
+    progress.multipliers = updated_multipliers(
+        progress.multipliers, vectors_PGM, scored.valid_PG, parts.objectives, budgets, config.grpo.multiplier_rate
+    )
+
+
 def take_optimizer_steps(
-    config: RunConfig, parts: Components, progress: Progress, updates: list[list[MicroBatch]], optimizer
+    config: RunConfig, parts: Components, progress: Progress, updates: list[list[MicroBatch | PackedBatch]], optimizer
 ) -> list[dict[str, float]]:
     """Moves `progress.state` by one `train_step` for each update of a training step; returns their metrics."""
     settings, losses = config.grpo, []
     for micro_batches in updates:
         progress.state, some = train_step(
             progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
-            kl_coefficient(settings, progress.step), config=parts.model_config, settings=loss_settings(settings),
+            0.0 if settings.kl == KL_IN_REWARD else kl_coefficient(settings, progress.step),
+            config=parts.model_config, settings=loss_settings(config),
             optimizer=optimizer, num_updates=settings.num_updates,
         )  # fmt: skip
         losses.append(some)
@@ -182,8 +231,12 @@ def take_optimizer_steps(
 
 
 def split_into_updates(
-    groups: list[TrajectoryGroup], scored: ScoredGroups, settings: GrpoConfig, shape: BatchShape, seed: int
-) -> list[list[MicroBatch]]:
+    groups: list[TrajectoryGroup],
+    scored: ScoredGroups,
+    settings: GrpoConfig,
+    shape: BatchShape | PackedShape,
+    seed: int,
+) -> list[list[MicroBatch | PackedBatch]]:
     """Deals the kept groups out at random to updates of equal size, give or take one, each a list of micro-batches.
 
     Later updates of a step are slightly off-policy; the truncated importance correction (current over sampler) is what
@@ -196,30 +249,23 @@ def split_into_updates(
         np.random.default_rng(seed).permutation(num_kept), -(-num_kept // settings.groups_per_update)
     )
     kept = np.array(scored.kept)
-    return [
-        make_micro_batches(
+    make_batches = make_packed_batches if isinstance(shape, PackedShape) else make_micro_batches
+    updates = [
+        make_batches(
             [groups[number] for number in kept[part]],
             scored.advantages_KG[part],
-            scored.valid_PG[kept[part]],
+            scored.trained_PG[kept[part]],
             shape,
         )
         for part in parts
     ]
+    return [update for update in updates if update]  # packed rollouts that are all out of the loss make no batch
 
 
 def grpo_optimizer(settings: GrpoConfig):
     """Its rate decays over the optimizer steps of a run whose filter keeps every group."""
     updates_per_step = -(-settings.num_groups // settings.groups_per_update) * settings.num_updates
     return make_optimizer(settings.optimizer, settings.num_steps * updates_per_step)
-
-
-def completion_buckets(config: RunConfig) -> tuple[int, ...]:
-    """The configured padded lengths, and one that holds the longest episode there can be."""
-    return (*config.grpo.completion_buckets, config.episode.max_tokens)
-
-
-def loss_settings(settings: GrpoConfig) -> LossSettings:
-    return LossSettings(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(LossSettings)})
 
 
 def kl_coefficient(settings: GrpoConfig, step: int) -> float:
@@ -232,7 +278,12 @@ def save(parts: Components, progress: Progress, checkpointer: Checkpointer, batc
     """One atomic checkpoint of everything the next step depends on."""
     arrays = {"state": progress.state, "reference_params": progress.reference_params}
     wall_s = progress.wall_s + time.monotonic() - start_s
-    host = {"data_iterator": batches.get_state(), "wall_s": wall_s, "account": parts.account.get_state()}
+    host = {
+        "data_iterator": batches.get_state(),
+        "wall_s": wall_s,
+        "multipliers": progress.multipliers,
+        "account": parts.account.get_state(),
+    }
     checkpointer.save(progress.step, arrays, host)
 
 
@@ -253,7 +304,7 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
     arrays, host = checkpointer.restore(step, abstract)
     batches.set_state(host["data_iterator"])
     parts.account.set_state(host["account"])
-    return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"])
+    return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
 
 
 class Interrupt:

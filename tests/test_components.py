@@ -62,7 +62,7 @@ def test_the_parts_follow_the_config():
         ("faults.fail_rate", 2.0, "faults.fail_rate must be within 0 and 1, got 2.0"),
         ("data.weights", (0.5, 0.5), r"data.weights \(0.5, 0.5\) must be three weights"),
         ("data.num_tasks_per_cell", 10**6, "num_per_cell=1000000, but .* ask for at most"),
-        ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['group', 'reference'\]"),
+        ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['correct', 'group', 'reference'\]"),
         ("grpo.aggregation", "mean", r"grpo.aggregation 'mean' is not one of \["),
         ("grpo.optimizer.name", "sgd", r"grpo.optimizer.name 'sgd' is not one of \['adamw', 'muon'\]"),
         ("grpo.group_size", 1, "grpo.group_size 1 must be 2 or more"),

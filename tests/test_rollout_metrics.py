@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from orchestra_jax.data.records import Instance, Preference, Task
-from orchestra_jax.grpo.scoring import score_groups
+from orchestra_jax.grpo.scoring import ScoringSettings, score_groups
 from orchestra_jax.metrics import check_metric_names
-from orchestra_jax.rewards.preference import Objective
+from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rollout_metrics import rollout_metrics
 from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, ToolCall, Trajectory, TrajectoryGroup
 
@@ -49,9 +49,7 @@ def group(of, *rollouts):
 
 
 def metrics(groups, losses=()):
-    scored = score_groups(
-        groups, OBJECTIVES, range_rule="reference", divide_by_std=True, min_group_std=0.1, advantage_clip=3.0
-    )
+    scored = score_groups(groups, OBJECTIVES, ScoringSettings())
     values = rollout_metrics([CHEAP, RIGHT], groups, scored, OBJECTIVES, losses, SECONDS)
     check_metric_names(values)
     return values

@@ -325,6 +325,33 @@ def test_real_episodes_with_programs_and_rewards_are_repeated_too(tmp_path):
         assert line["advantage/std"] > 0.1 and line["loss/sampler_gap_max"] < 1e-4
 
 
+@pytest.mark.slow
+def test_the_learners_other_choices_run_and_resume_with_their_multipliers(tmp_path):
+    """Packed rows, a KL in the reward, budgets, resampling, the paper's filters, corrections: all in one run."""
+    config = small_config()
+    config.checkpoint_every, config.keep_checkpoints = 1, 3
+    config.episode.num_corrections = 1
+    settings = config.grpo
+    settings.batching, settings.tokens_per_row, settings.rows_per_micro_batch, settings.kl = (
+        "packed",
+        192,
+        4,
+        "k1_reward",
+    )
+    settings.reward_form, settings.budget_cost_usd, settings.multiplier_rate = "constrained", 1e-6, 10.0
+    settings.filters, settings.overlong, settings.ratio, settings.correction = "paper", "soft", "sequence", "sequence"
+    settings.advantage, settings.aggregation, settings.max_resamples = "leave_one_out", "constant", 1
+    settings.min_group_std, settings.std_floor = 1e-4, 0.1
+    summary = training.run(config, str(tmp_path / "run"))
+    lines = untimed(tmp_path / "run")
+    assert all(line["multiplier/cost_usd"] > 0 for line in lines) and "filter/resampled_share" in lines[0]
+    assert sum(line.get("filter/rollouts/leaves_loss/malformed", 0) for line in lines) > 0  # the policy babbles
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(NUM_STEPS))
+    (tmp_path / "run" / "summary.json").unlink()
+    again = training.run(config, str(tmp_path / "run"))
+    assert untimed(tmp_path / "run") == lines and again["policies"] == summary["policies"]
+
+
 def bare_group(name):
     tokens, mask, zeros = np.array([1, 2, 3]), np.array([False, True, True]), np.zeros(3)
     rollout = Trajectory(name, 0, tokens, mask, zeros, zeros, 1, (), (), EpisodeStatus.ANSWERED, "", {})
@@ -336,7 +363,7 @@ def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
     kept = (0, 2, 3, 5, 6)
     advantages_KG = np.array([[number, -number] for number in kept], float)
     valid_PG, no_clip_KG = np.ones((7, 2), bool), np.zeros((5, 2), bool)
-    scored = ScoredGroups(np.zeros((7, 2)), valid_PG, kept, advantages_KG, no_clip_KG, {})
+    scored = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, kept, advantages_KG, no_clip_KG, {}, ())
     settings, shape = GrpoConfig(groups_per_update=2, group_size=2), BatchShape(2, 2, (4,), (4,))
     split = functools.partial(training.split_into_updates, groups, scored, settings, shape)
     updates = split(seed=0)
@@ -346,7 +373,7 @@ def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
     assert sorted(value for row in rows for value in row) == sorted(advantages_KG.ravel().tolist())
     assert [batch.advantages_B.tolist() for (batch,) in split(seed=0)] == [b.advantages_B.tolist() for (b,) in updates]
     assert any(not np.array_equal(a[0].advantages_B, b[0].advantages_B) for a, b in zip(updates, split(seed=1)))
-    nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {})
+    nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {}, ())
     assert training.split_into_updates(groups, nothing, settings, shape, seed=0) == []
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from orchestra_jax.data.records import Budget, Instance, Offer
 from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
+from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.outcome import score_answer
-from orchestra_jax.rewards.preference import Objective
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.tool import Evidence
 from orchestra_jax.tools.toolbox import Toolbox

@@ -35,8 +35,13 @@ class RolloutConfig:
     temperature: float
     orchestrator_usd_per_million_tokens: float
     orchestrator_tokens_per_s: float
+    num_corrections: int = 0  # malformed turns that are answered with CORRECTION; the next one ends the episode
     ends_on_tool_failure: bool = True  # else the policy sees the failure and goes on
     should_correct_calls: bool = False  # a call that cannot be read is told so; else the turn ends the episode
+
+
+CORRECTION = "Malformed call. Close your thinking, then write one call with its name and its arguments."
+SHORT_CORRECTION = "malformed call"
 
 
 class TokenStream:
@@ -86,6 +91,7 @@ class Episode:
     calls: list[CallRecord]
     evidence: Evidence
     answer: str | None = None
+    num_malformed: int = 0
 
 
 async def run_episode(
@@ -157,7 +163,10 @@ async def _run_turn(
         return EpisodeStatus.TOKEN_LIMIT
     turn = chat_format.parse_turn(chat, completion.tokens)
     if not (turn.calls and (turn.is_well_formed or config.should_correct_calls)):
-        return EpisodeStatus.MALFORMED
+        episode.num_malformed += 1
+        if episode.num_malformed > config.num_corrections:
+            return EpisodeStatus.MALFORMED
+        return _show(episode, chat, config, [environment.observation(CORRECTION, SHORT_CORRECTION)])
     num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
     calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
     allowance = Allowance(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else None
@@ -188,10 +197,7 @@ def _shown(environment: Environment, config: RolloutConfig, result: ToolResult, 
 def _record(
     episode: Episode, instance, environment, chat, config, calls: Sequence[ToolCall], results: Sequence[ToolResult]
 ) -> EpisodeStatus | None:
-    """Books the results of one turn in the order of its calls, and appends what the policy is shown.
-
-    Where no token is left behind that, the episode ends and nothing is appended: a stream never exceeds max_tokens.
-    """
+    """Books the results of one turn in the order of its calls, and appends what the policy is shown."""
     for call, result in zip(calls, results, strict=True):
         episode.ledger.charge(result.receipt)
         episode.evidence = episode.evidence.joined(result.evidence)
@@ -205,10 +211,17 @@ def _record(
         return EpisodeStatus.ANSWERED
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
-    forced = [] if episode.stream.tokens[-1] == chat.end_of_turn_id else [chat.end_of_turn_id]
     rest = rest_text(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else ""
-    shown = [_shown(environment, config, result, rest) for result in results]
-    given = forced + chat_format.encode_observation(chat, shown)
+    return _show(episode, chat, config, [_shown(environment, config, result, rest) for result in results])
+
+
+def _show(episode: Episode, chat: Chat, config: RolloutConfig, shown: Sequence[str]) -> EpisodeStatus | None:
+    """Ends the turn and appends what the policy is shown.
+
+    Where no token is left behind that, the episode ends and nothing is appended: a stream never exceeds max_tokens.
+    """
+    forced = [] if episode.stream.tokens[-1] == chat.end_of_turn_id else [chat.end_of_turn_id]
+    given = forced + chat_format.encode_observation(chat, list(shown))
     if len(episode.stream.tokens) + len(given) >= config.max_tokens:
         return EpisodeStatus.TOKEN_LIMIT
     episode.stream.append_given(given)

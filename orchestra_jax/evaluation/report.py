@@ -24,7 +24,8 @@ import numpy as np
 from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.evaluation.baselines import scores
 from orchestra_jax.evaluation.oracle import STATISTICS
-from orchestra_jax.rewards.preference import Objective, objective_vector, utility
+from orchestra_jax.rewards.objectives import Objective, objective_vector
+from orchestra_jax.rewards.preference import utility
 from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR
 from orchestra_jax.types import Trajectory, TrajectoryGroup
 

@@ -1,9 +1,12 @@
 """The update: log-probabilities of a batch under the current policy, the loss, its gradients, one optimizer step.
 
 Pure functions over an explicit `TrainState`. A batch is a list of micro-batches of one shape each; their gradients add
-up to the batch's, whose denominator is fixed beforehand. The same forward pass serves the warm start (supervised.py).
+up to the batch's, whose denominator is fixed beforehand. A micro-batch is a `MicroBatch` (groups behind shared prompts,
+batching.py) or a `PackedBatch` (whole trajectories side by side, packing.py). The same forward pass serves the warm
+start (supervised.py).
 
-Legend: P prompts, B rows (B = P * G), T prompt tokens, C completion tokens, D hidden.
+Legend: P prompts, B rows (B = P * G), T prompt tokens, C completion tokens, D hidden. Of a `PackedBatch` B are its rows
+R and C the tokens T of a row; S are its segments.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import optax
 
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
+from orchestra_jax.grpo.packing import PackedBatch, layout
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import shared_prefix_cache
 from orchestra_jax.models.transformer import Transformer, head_weights, token_logprobs, token_logprobs_and_entropy
@@ -42,6 +46,18 @@ class LossSettings:
     entropy_coefficient: float
     aggregation: str
     logprob_chunk: int
+    ratio: str = "token"
+    correction: str = "token"
+    kl: str = "k2"
+    aggregation_length: int = 1  # tokens a rollout, of "constant"
+
+    def of_the_loss(self) -> dict[str, object]:
+        """Those that `grpo_loss` takes, by its own names."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("logprob_chunk", "aggregation_length")
+        }
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -64,19 +80,67 @@ def completion_hidden(params, batch: MicroBatch, config: ModelConfig) -> jax.Arr
     return hidden_BCD
 
 
+def packed_hidden(params, batch: PackedBatch, config: ModelConfig) -> jax.Array:
+    """Hidden states [B, C, D] of whole trajectories; none sees another one of its row."""
+    segments_BC, positions_BC = layout(batch.segment_lengths_RS, batch.tokens_RT.shape[1])
+    return Transformer(config).apply({"params": params}, batch.tokens_RT, positions_BC, segments_BC)[0]
+
+
+HIDDEN = {MicroBatch: completion_hidden, PackedBatch: packed_hidden}  # by the kind of micro-batch
+
+
+class LossInputs(NamedTuple):
+    """What the loss reads of a micro-batch, column c being what the hidden state of column c predicts."""
+
+    targets_BC: jax.Array
+    loss_mask_BC: jax.Array
+    sampler_logprobs_BC: jax.Array
+    advantages: jax.Array  # [B], or [B, S] with segments
+    segment_ids_BC: jax.Array | None
+
+
+def loss_inputs(batch: MicroBatch | PackedBatch) -> LossInputs:
+    if isinstance(batch, MicroBatch):
+        return LossInputs(
+            batch.targets_BC, batch.loss_mask_BC, batch.sampler_logprobs_BC, batch.advantages_B, segment_ids_BC=None
+        )
+    segments_BC, _ = layout(batch.segment_lengths_RS, batch.tokens_RT.shape[1])
+    # The next token, but for the last one of a segment, which predicts nothing of another trajectory.
+    targets_BC, mask_BC, logprobs_BC, next_BC = (
+        jnp.roll(each, -1, axis=1)
+        for each in (batch.tokens_RT, batch.loss_mask_RT, batch.sampler_logprobs_RT, segments_BC)
+    )
+    is_inside_BC = (segments_BC == next_BC) & (jnp.arange(segments_BC.shape[1]) < segments_BC.shape[1] - 1)[None, :]
+    return LossInputs(targets_BC, mask_BC & is_inside_BC, logprobs_BC, batch.advantages_RS, segments_BC)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def batch_denominator(batch: MicroBatch | PackedBatch, *, settings: LossSettings) -> jax.Array:
+    """The part of the loss's denominator that a micro-batch adds: 0 if it is masked out altogether."""
+    inputs = loss_inputs(batch)
+    num_segments = 0 if inputs.segment_ids_BC is None else inputs.advantages.shape[1]
+    count = loss_denominator(
+        inputs.loss_mask_BC, settings.aggregation, length=settings.aggregation_length,
+        segment_ids_BT=inputs.segment_ids_BC, num_segments=num_segments,
+    )  # fmt: skip
+    return jnp.where(inputs.loss_mask_BC.any(), count, 0.0)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def batch_logprobs(params, batch: MicroBatch, temperature, *, config: ModelConfig, chunk: int) -> jax.Array:
+def batch_logprobs(
+    params, batch: MicroBatch | PackedBatch, temperature, *, config: ModelConfig, chunk: int
+) -> jax.Array:
     """Log-probabilities [B, C] of the targets under `params`, without gradients."""
-    hidden_BCD = completion_hidden(params, batch, config)
+    hidden_BCD = HIDDEN[type(batch)](params, batch, config)
     temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
-    return token_logprobs(hidden_BCD, head_weights(params, config), batch.targets_BC, temperature_B, chunk)
+    return token_logprobs(hidden_BCD, head_weights(params, config), loss_inputs(batch).targets_BC, temperature_B, chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
 def add_gradients(
     gradients,
     params,
-    batch: MicroBatch,
+    batch: MicroBatch | PackedBatch,
     old_logprobs_BC,
     reference_logprobs_BC,
     temperature,
@@ -92,29 +156,27 @@ def add_gradients(
     reference_logprobs_BC: None leaves the KL term out, whatever its coefficient.
     """
 
+    inputs = loss_inputs(batch)
+
     def loss_function(params):
-        hidden_BCD = completion_hidden(params, batch, config)
+        hidden_BCD = HIDDEN[type(batch)](params, batch, config)
         temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
         logprobs_BC, entropy_BC = token_logprobs_and_entropy(
-            hidden_BCD, head_weights(params, config), batch.targets_BC, temperature_B, settings.logprob_chunk
+            hidden_BCD, head_weights(params, config), inputs.targets_BC, temperature_B, settings.logprob_chunk
         )
         old_BC = jax.lax.stop_gradient(logprobs_BC) if old_logprobs_BC is None else old_logprobs_BC
         return grpo_loss(
             logprobs_BC,
             old_BC,
-            batch.sampler_logprobs_BC,
+            inputs.sampler_logprobs_BC,
             reference_logprobs_BC,
-            batch.advantages_B,
-            batch.loss_mask_BC,
+            inputs.advantages,
+            inputs.loss_mask_BC,
             denominator=denominator,
             kl_coefficient=kl_coefficient if reference_logprobs_BC is not None else 0.0,
-            correction_clip=settings.correction_clip,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
             entropy_BT=entropy_BC,
-            entropy_coefficient=settings.entropy_coefficient,
-            aggregation=settings.aggregation,
+            segment_ids_BT=inputs.segment_ids_BC,
+            **settings.of_the_loss(),
         )
 
     (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
@@ -132,7 +194,7 @@ def apply_gradients(state: TrainState, gradients, *, optimizer) -> tuple[TrainSt
 
 def train_step(
     state: TrainState,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[MicroBatch | PackedBatch],
     temperature: float,
     reference_params,
     kl_coefficient: float,
@@ -151,8 +213,7 @@ def train_step(
         raise ValueError(
             f"{len(batches)} micro-batches and num_updates {num_updates}: there must be one of each at least"
         )
-    masks_BC = [np.asarray(batch.loss_mask_BC) for batch in batches]
-    counts = [float(loss_denominator(mask_BC, settings.aggregation)) for mask_BC in masks_BC if mask_BC.any()]
+    counts = [float(batch_denominator(batch, settings=settings)) for batch in batches]
     denominator = max(sum(counts), 1.0)  # a batch that is masked out altogether has gradients of 0, not NaN
     logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
     old = [logprobs(state.params, batch, temperature) if num_updates > 1 else None for batch in batches]

@@ -15,7 +15,8 @@ from orchestra_jax.environments.question_answering import (
     tool_schemas,
 )
 from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search
-from orchestra_jax.rewards.preference import objective_vector, utility
+from orchestra_jax.rewards.objectives import objective_vector
+from orchestra_jax.rewards.preference import utility
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallRecord, CallStatus, ToolCall

@@ -5,7 +5,8 @@
  3. With one call a turn, the turn ends at the call; `<|im_end|>` is forced behind it with mask 0.
  4. With more calls a turn, they run side by side; none sees what another one of the turn brought.
  5. Calls beyond `calls_per_turn`, or beyond what is left of `max_calls`, are refused and not run.
- 6. A turn that is no valid call ends the episode as MALFORMED; it stays in the stream with mask 1.
+ 6. A turn that is no valid call ends the episode as MALFORMED; it stays in the stream with mask 1. With
+    `num_corrections` of 1 the first one is answered with a corrective message, and the second one ends the episode.
  7. An unknown tool, wrong arguments or an expert that is not on offer are refused; the episode goes on.
  8. `max_calls` calls without an answer: TURN_LIMIT.
  9. A turn cut by the token limit, or no room left for another turn: TOKEN_LIMIT. No stream exceeds `max_tokens`.
@@ -25,7 +26,13 @@ from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY, load_chat
 from orchestra_jax.data.records import Document, Instance, Offer, Preference, Task
 from orchestra_jax.environments.question_answering import QuestionAnswering
-from orchestra_jax.environments.rollout import RolloutConfig, TokenStream, run_episode
+from orchestra_jax.environments.rollout import (
+    CORRECTION,
+    SHORT_CORRECTION,
+    RolloutConfig,
+    TokenStream,
+    run_episode,
+)
 from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search
 from orchestra_jax.experts.expert import ExpertReply
 from orchestra_jax.generation.engine import Completion
@@ -102,10 +109,13 @@ class NoisyEngine(ScriptedEngine):
         return Completion(completion.tokens, logprobs, completion.policy_versions, completion.stop_reason)
 
 
-def play(environment, turns, chat=CHAT, engine=NoisyEngine, max_tokens=400, max_turn_tokens=120, calls_per_turn=1):
+def play(
+    environment, turns, chat=CHAT, engine=NoisyEngine, max_tokens=400, max_turn_tokens=120, calls_per_turn=1,
+    num_corrections=0,
+):  # fmt: skip
     """An episode whose turns are lists of tokens, or of calls, or single calls."""
     scripts = [_turn_tokens(chat, turn, number) for number, turn in enumerate(turns)]
-    config = RolloutConfig(max_turn_tokens, max_tokens, calls_per_turn, 1.0, 0.2, 200.0)
+    config = RolloutConfig(max_turn_tokens, max_tokens, calls_per_turn, 1.0, 0.2, 200.0, num_corrections)
     made = engine(lambda session_id, turn, prompt_tokens: scripts[turn], VERSION)
     return asyncio.run(run_episode(INSTANCE, 0, environment, made, chat, config, seed=0))
 
@@ -272,6 +282,39 @@ def test_a_malformed_turn_ends_the_episode_and_is_trained_on(environment, expert
     check_alignment(trajectory)
     assert not experts.requests and trajectory.objectives["outcome"] == 0.0
     assert [receipt.tool for receipt in trajectory.receipts] == [ORCHESTRATOR]  # paid for all the same
+
+
+@pytest.mark.parametrize(
+    "kind", ["text alone", "nothing", "no JSON", "unclosed thought", "a control token inside", "no opening"]
+)
+def test_the_first_malformed_turn_is_corrected_and_the_second_ends_the_episode(environment, kind):
+    """Rule 6: the correction is an observation (mask 0) behind the end of the turn; the bad turn is trained on."""
+    broken = broken_turn(kind)
+    trajectory = play(environment, [broken, ANSWER], num_corrections=1)
+    assert (trajectory.status, trajectory.answer, len(trajectory.calls)) == (EpisodeStatus.ANSWERED, "tom", 1)
+    check_alignment(trajectory)
+    (start, end), (last_start, _) = sampled_turns(trajectory)
+    stops = chat_format.stop_ids(CHAT, 1)
+    sampled = broken[: 1 + next(number for number, token in enumerate(broken) if token in stops)]
+    assert trajectory.tokens[start:end].tolist() == sampled
+    forced = [] if sampled[-1] == CHAT.end_of_turn_id else [CHAT.end_of_turn_id]
+    shown = environment.observation(CORRECTION, SHORT_CORRECTION)
+    assert trajectory.tokens[end:last_start].tolist() == forced + chat_format.encode_observation(CHAT, [shown])
+    again = play(environment, [broken, broken, ANSWER], num_corrections=1)
+    assert (again.status, again.calls) == (EpisodeStatus.MALFORMED, ())
+    assert [receipt.tool for receipt in again.receipts] == [ORCHESTRATOR] * 2 and again.loss_mask[-1]
+
+
+def test_a_good_call_between_two_malformed_turns_does_not_reset_the_count(environment):
+    broken = broken_turn("nothing")
+    trajectory = play(environment, [broken, SEARCH, broken, ANSWER], num_corrections=1)
+    assert trajectory.status == EpisodeStatus.MALFORMED and len(trajectory.calls) == 1
+
+
+def test_a_correction_for_which_there_is_no_room_ends_the_episode(environment):
+    broken = broken_turn("text alone")
+    room = play(environment, [broken]).num_prompt_tokens + len(broken) + 1
+    assert play(environment, [broken], max_tokens=room, num_corrections=1).status == EpisodeStatus.TOKEN_LIMIT
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 
-from orchestra_jax.rewards.preference import (
-    Objective,
-    normalize,
-    objective_vector,
-    preference_reward,
-    utility,
-)
+from orchestra_jax.rewards.normalization import normalize
+from orchestra_jax.rewards.objectives import Objective, objective_vector
+from orchestra_jax.rewards.preference import preference_reward, utility
 
 OUTCOME = Objective("outcome", "maximize", 0.0, 1.0)
 COST = Objective("cost_usd", "minimize", 0.0, 0.2)

@@ -1,0 +1,50 @@
+"""What the learner reads of a run's config: shapes of micro-batches, settings of the scoring and of the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from orchestra_jax.components import KL_IN_REWARD
+from orchestra_jax.config import GrpoConfig, RunConfig
+from orchestra_jax.grpo.batching import BatchShape
+from orchestra_jax.grpo.packing import PackedShape
+from orchestra_jax.grpo.scoring import ScoringSettings
+from orchestra_jax.grpo.train_step import LossSettings
+from orchestra_jax.rewards.constraints import Budget
+
+
+def completion_buckets(config: RunConfig) -> tuple[int, ...]:
+    """The configured padded lengths, and one that holds the longest episode there can be."""
+    return (*config.grpo.completion_buckets, config.episode.max_tokens)
+
+
+def packed_shape(settings: GrpoConfig) -> PackedShape:
+    return PackedShape(settings.rows_per_micro_batch, settings.tokens_per_row, settings.segments_per_row)
+
+
+def batch_shape(config: RunConfig) -> BatchShape | PackedShape:
+    settings = config.grpo
+    if settings.batching == "packed":
+        return packed_shape(settings)
+    return BatchShape(
+        settings.groups_per_micro_batch, settings.group_size, settings.prompt_buckets, completion_buckets(config)
+    )
+
+
+def scoring_settings(config: RunConfig) -> ScoringSettings:
+    settings = config.grpo
+    limits = {"cost_usd": settings.budget_cost_usd, "latency_s": settings.budget_latency_s}
+    is_constrained = settings.reward_form == "constrained"
+    budgets = tuple(Budget(name, limit) for name, limit in limits.items() if is_constrained and math.isfinite(limit))
+    given = {"budgets": budgets, "max_tokens": config.episode.max_tokens}
+    names = {field.name for field in dataclasses.fields(ScoringSettings)} - given.keys()
+    return ScoringSettings(**given, **{name: getattr(settings, name) for name in names})
+
+
+def loss_settings(config: RunConfig) -> LossSettings:
+    given = {"aggregation_length": config.episode.max_tokens}
+    if config.grpo.kl == KL_IN_REWARD:
+        given["kl"] = "k2"  # for the metric; its coefficient is 0
+    names = {field.name for field in dataclasses.fields(LossSettings)} - given.keys()
+    return LossSettings(**given, **{name: getattr(config.grpo, name) for name in names})
