@@ -24,6 +24,8 @@ SYSTEM_TEXT = (
     "until `answer` ends the task. Mind what the user prefers."
 )
 
+MIN_WEIGHT_TO_LIST = 0.1  # of price or time, for a thought to restate that list
+
 
 def reference_objectives(reference_cost_usd: float, reference_latency_s: float) -> tuple[Objective, ...]:
     """The objectives of the default world, in the order of every objective vector."""
@@ -112,10 +114,17 @@ def _model_schema(offers: Sequence[Offer], descriptions: Mapping[str, str]) -> d
 def restate(instance: Instance) -> str:
     """The thinking of a demonstration: what the prompt says and never what to choose.
 
-    The experts on offer as in the prompt; then family, kind and preference, next to the call that they bear on.
+    Who is on offer, in the lists that the preference speaks of (by their aliases alone if it minds neither price nor
+    time); then family, kind and preference, next to the call that they bear on.
     """
-    lists = price_list(instance.offers, has_place=False), latency_list(instance.offers)
-    return " ".join([*lists, instance.task.family, instance.task.kind, instance.preference.name])
+    weights = instance.preference.weights
+    lists = []
+    if weights["cost_usd"] >= MIN_WEIGHT_TO_LIST:
+        lists.append(price_list(instance.offers, has_place=False))
+    if weights["latency_s"] >= MIN_WEIGHT_TO_LIST:
+        lists.append(latency_list(instance.offers))
+    who = lists or [offer.alias for offer in instance.offers]
+    return " ".join([*who, instance.task.family, instance.task.kind, instance.preference.name])
 
 
 class QuestionAnswering:

@@ -20,7 +20,7 @@ KIND_INDEX = {kind: index for kinds in FAMILIES.values() for index, kind in enum
 FAMILY_INDEX = {family: index for index, family in enumerate(FAMILIES)}
 
 # With the evidence at hand, the expert of rank r in a cell is right with this probability.
-ANSWER_SUCCESS_BY_RANK = (0.97, 0.80, 0.70, 0.60, 0.50, 0.40)
+ANSWER_SUCCESS_BY_RANK = (0.97, 0.85, 0.73, 0.60, 0.45, 0.30)
 # A good and a weak writer of search queries and programs.
 GOOD_WRITER, WEAK_WRITER = 0.95, 0.40
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.data.records import Instance, Offer, Preference, Task
 from orchestra_jax.environments.question_answering import (
     QuestionAnswering,
@@ -80,9 +81,19 @@ def test_the_prompt_gives_away_neither_answer_nor_evidence_tool_and_differs_by_p
         assert "'Po'" not in str(local) and TASK.answer not in local[0][-1].content.split()
 
 
-def test_a_restatement_recommends_nothing():
-    text = restate(instance())
-    assert text == "price $0.2 expert-3 $15 expert-2 time 2s expert-2 60s expert-3 geography two_hop local"
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [
+        ("outcome", "expert-2 expert-3"),
+        ("cheap", "price $0.2 expert-3 $15 expert-2"),
+        ("fast", "time 2s expert-2 60s expert-3"),
+        ("balanced", "price $0.2 expert-3 $15 expert-2 time 2s expert-2 60s expert-3"),
+        ("local", "price $0.2 expert-3 $15 expert-2 time 2s expert-2 60s expert-3"),
+    ],
+)
+def test_a_restatement_names_all_on_offer_in_the_lists_of_its_preference_and_recommends_nothing(name, who):
+    text = restate(instance(PREFERENCES[name]))
+    assert text == f"{who} geography two_hop {name}"
     assert not any(tool in text for tool in TOOLBOX.names)
 
 
