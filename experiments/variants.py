@@ -1,7 +1,8 @@
 """Named variants of the learner: each a handful of fields that differ from the config's own.
 
 A key is a field's path in `RunConfig`. FACTORS change one thing at a time; the ratio is 1 in a single pass over the
-rollouts, so what chooses it makes two. FULL_SIZE are the three that are worth hours. Floors and budgets are in dollars and seconds of the default world (references $0.012 and 50 s).
+rollouts, so what chooses it makes two. FULL_SIZE are the three that are worth hours. Floors and budgets are in dollars
+and seconds of the default world (references $0.012 and 50 s).
 """
 
 from __future__ import annotations
