@@ -18,7 +18,7 @@ expert is dearer; on hard tasks the weak ones fail unless evidence was found. An
 One step (ToolOrchestra, arXiv 2511.21689, section 3.2; GRPO, arXiv 2402.03300):
 
     vector     M = (outcome y, cost)                            kept unweighted
-    reward     R = y (w_o n_y + w_c n_c)                        n: min-max over the group, with a floor on the span
+    reward     R = y (w_o n_y + w_c n_c)                        n: min-max over the group, with a floor
     advantage  A = (R - mean) / (std + eps), cut to +-3         groups with std R < 0.1 are dropped
     loss       -min(r A, clip(r, 1 - 0.2, 1 + 0.28) A) * min(pi_old / pi_sampler, 2)       r = pi / pi_old;
                mean over the sampled tokens of a rollout, then over rollouts
@@ -51,7 +51,7 @@ SUCCESS_WITH_EVIDENCE = np.array([[0.75, 0.85, 0.95], [0.60, 0.75, 0.90]])
 COST_USD = np.array([0.01, 0.04, 0.10])  # of an expert, by price level
 SEARCH_COST_USD, FOUND_SHARE = 0.005, 0.9
 WEIGHTS = np.array([[0.9, 0.1], [0.2, 0.8]])  # [preference, (outcome, cost)]
-COST_FLOOR_USD = 0.1  # a smaller difference in cost is no full unit of reward
+FLOORS = np.array([0.0, 0.1])  # on the range of outcome and cost: pennies are no full unit of reward
 MIN_STD, ADVANTAGE_CLIP, CLIP_LOW, CLIP_HIGH, CORRECTION_CLIP = 0.1, 3.0, 0.2, 0.28, 2.0
 
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 150, "Optimizer steps.", lower_bound=1)
@@ -139,7 +139,9 @@ def rollout(params, prompts_P5, key, rng):
 def preference_reward(vectors_PGM, weights_PM):
     """R [P, G]. By hand, weights (0.2, 0.8), right for $0.01, right for $0.05 and wrong for $0.11: 1, 0.68, 0."""
     low_P1M, high_P1M = vectors_PGM.min(axis=1, keepdims=True), vectors_PGM.max(axis=1, keepdims=True)
-    span_P1M = np.maximum(high_P1M - low_P1M, [0.0, COST_FLOOR_USD])
+    span_P1M = np.maximum(high_P1M - low_P1M, FLOORS)
+    # Costs that all lie within the floor are measured from it, not from the dearest of them: a fixed utility.
+    high_P1M = np.maximum(high_P1M, FLOORS)
     gain_PGM = np.stack([vectors_PGM[..., 0] - low_P1M[..., 0], high_P1M[..., 1] - vectors_PGM[..., 1]], axis=-1)
     normalized_PGM = np.divide(gain_PGM, span_P1M, out=np.zeros_like(gain_PGM), where=span_P1M > 0)
     return vectors_PGM[..., 0] * (normalized_PGM * weights_PM[:, None, :]).sum(axis=-1)

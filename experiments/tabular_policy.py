@@ -13,13 +13,16 @@ turns.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from orchestra_jax.data.pipeline import evaluation_instances
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.data.questions import build_tasks
+from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.question_answering import reference_objectives
 from orchestra_jax.evaluation.baselines import scores
 from orchestra_jax.evaluation.oracle import (
@@ -36,7 +39,7 @@ from orchestra_jax.experts.catalog import ROLES
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.grpo.filters import RolloutFacts
 from orchestra_jax.grpo.loss import AGGREGATIONS, rollouts_of
-from orchestra_jax.grpo.scoring import ScoringSettings, score_vectors
+from orchestra_jax.grpo.scoring import ScoredGroups, ScoringSettings, score_vectors
 from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
 from orchestra_jax.rewards.objectives import objective_vector
 
@@ -115,12 +118,13 @@ def played_facts(played: Play) -> RolloutFacts:
     return RolloutFacts(nothing_IG, nothing_IG, ~played.is_answered_IG, nothing_IG, zeros_IG, zeros_IG)
 
 
-def token_weights(mask_KGT: np.ndarray, aggregation: str) -> np.ndarray:
-    """What each action weighs in the loss of the kept rollouts, denominator included, by the loss's own code."""
-    mask_BT = mask_KGT.reshape(-1, mask_KGT.shape[-1])
+def token_weights(played: Play, kept, aggregation: str) -> np.ndarray:
+    """[I, G, T]: what each action weighs in the loss of the kept groups, by the loss's own code, denominator too."""
+    mask_IGT = (played.nodes_IGT >= 0) & np.isin(np.arange(len(played.nodes_IGT)), kept)[:, None, None]
+    mask_BT = mask_IGT.reshape(-1, mask_IGT.shape[-1])  # of one shape whatever is kept: jax compiles once
     weigh, count = AGGREGATIONS[aggregation]
     rollouts = rollouts_of(mask_BT.shape)
-    return np.asarray(weigh(mask_BT, rollouts) / count(mask_BT, rollouts, MAX_CALLS)).reshape(mask_KGT.shape)
+    return np.asarray(weigh(mask_BT, rollouts) / count(mask_BT, rollouts, MAX_CALLS)).reshape(mask_IGT.shape)
 
 
 def ascend(logits_INA, played: Play, kept, advantages_KG, rate, kl_coefficient, aggregation="sequence_mean") -> None:
@@ -130,9 +134,7 @@ def ascend(logits_INA, played: Play, kept, advantages_KG, rate, kl_coefficient, 
     how many others there are. The uniform policy is where the table starts: KL to the start, as in training.
     """
     kept_K = np.array(kept, int)
-    if not len(kept_K):
-        return
-    weights_KGT = token_weights(played.nodes_IGT[kept_K] >= 0, aggregation) * len(kept_K)
+    weights_KGT = token_weights(played, kept, aggregation)[kept_K] * len(kept_K)
     for turn in range(MAX_CALLS):
         node_KG, action_KG = played.nodes_IGT[kept_K, :, turn], played.actions_IGT[kept_K, :, turn]
         k, g = np.nonzero(node_KG >= 0)
@@ -164,18 +166,43 @@ def table_policy(charges: Charges, logits_INA: np.ndarray):
     return policy
 
 
-def make_world(num_per_preference=NUM_PER_PREFERENCE):
-    config = WorldConfig()
+class World(NamedTuple):
+    instances: list[Instance]
+    charges: Charges
+    random_IS: np.ndarray  # exact statistics of the random policy and of the optimum
+    optimal_IS: np.ndarray
+
+
+@functools.cache
+def make_world(
+    num_per_preference: int = NUM_PER_PREFERENCE,
+    reference_cost_usd: float = WorldConfig().reference_cost_usd,
+    reference_latency_s: float = WorldConfig().reference_latency_s,
+) -> World:
+    """Test tasks, as many instances of each preference. Made once: nobody is to change it."""
+    config = WorldConfig(reference_cost_usd=reference_cost_usd, reference_latency_s=reference_latency_s)
     tasks = build_tasks("test", num_per_cell=5, seed=0)
     instances = evaluation_instances(tasks, list(PREFERENCES.values()), config, num_per_preference, seed=3)
-    return config, instances, make_charges(instances, config)
+    charges = make_charges(instances, config)
+    return World(instances, charges, *(evaluate(charges, policy)[0] for policy in (random_policy, optimal_policy)))
 
 
-def mean_score(charges, instances, statistics_IS):
+def mean_score(world: World, statistics_IS: np.ndarray) -> float:
     """0 is the random policy, 1 the optimum; all preferences alike."""
-    random_IS, optimal_IS = (evaluate(charges, policy)[0] for policy in (random_policy, optimal_policy))
-    names = np.array([instance.preference.name for instance in instances])
-    return np.mean([scores(statistics_IS, random_IS, optimal_IS, names == name) for name in PREFERENCES])
+    names = np.array([instance.preference.name for instance in world.instances])
+    return np.mean([scores(statistics_IS, world.random_IS, world.optimal_IS, names == name) for name in PREFERENCES])
+
+
+class StepSize(NamedTuple):
+    """How far advantages and weights move a table, whatever they say."""
+
+    advantage: float  # root mean square over the rollouts of the kept groups
+    weight: float  # of all actions of a group, in the mean
+
+
+def step_size(played: Play, scored: ScoredGroups, aggregation: str) -> StepSize:
+    weights_IGT = token_weights(played, scored.kept, aggregation)
+    return StepSize(np.sqrt(np.mean(scored.advantages_KG**2)), weights_IGT.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,32 +224,43 @@ def train(
     kl_coefficient: float = 1.0,
     final_kl_coefficient: float = 0.03,
     multiplier_rate: float = 0.05,
-    num_per_preference: int = NUM_PER_PREFERENCE,
+    world: World | None = None,
     seed: int = 0,
 ) -> Trained:
     """What training a table from the uniform policy comes to.
 
     `floors`: the range floor of objectives by name, in their own unit. The KL coefficient falls geometrically: far from
     the start, a table has to unlearn what paid while its later calls were random, "answer at once" above all.
+
+    Rate and KL coefficient are those of "grpo" and "sequence_mean". Another advantage, another aggregation is scaled,
+    once for all, so that its first step is as large as theirs on the same rollouts: what is compared is where the steps
+    lead.
     """
-    config, instances, charges = make_world(num_per_preference)
+    world = make_world() if world is None else world
+    charges = world.charges
     objectives = tuple(
         dataclasses.replace(each, range_floor=(floors or {}).get(each.name, 0.0))
-        for each in reference_objectives(config.reference_cost_usd, config.reference_latency_s)
+        for each in reference_objectives(charges.reference_cost_usd, charges.reference_latency_s)
     )
-    weights_IM = np.array([objective_vector(instance.preference.weights, objectives) for instance in instances])
-    multipliers = initial_multipliers(scoring.budgets)
+    weights_IM = np.array([objective_vector(instance.preference.weights, objectives) for instance in world.instances])
+    multipliers, scale = initial_multipliers(scoring.budgets), None
     rng = np.random.default_rng(seed)
-    logits_INA = np.zeros((len(instances), NUM_NODES, NUM_ACTIONS))
+    logits_INA = np.zeros((len(world.instances), NUM_NODES, NUM_ACTIONS))
     for kl in np.geomspace(kl_coefficient, final_kl_coefficient, num_steps):
         played = play(charges, logits_INA, group_size, rng)
-        scored = score_vectors(
-            played.values_IGM, weights_IM, played_facts(played), objectives, scoring, multipliers=multipliers
+        score = functools.partial(
+            score_vectors, played.values_IGM, weights_IM, played_facts(played), objectives, multipliers=multipliers
         )
-        ascend(logits_INA, played, scored.kept, scored.advantages_KG, rate, kl, aggregation)
+        scored = score(scoring)
+        if scale is None and scored.kept:
+            wanted = step_size(played, score(dataclasses.replace(scoring, advantage="grpo")), "sequence_mean")
+            scale = StepSize(*np.divide(wanted, step_size(played, scored, aggregation)))
+        if scored.kept:
+            advantages_KG = scale.advantage * scored.advantages_KG
+            ascend(logits_INA, played, scored.kept, advantages_KG, rate * scale.weight, kl, aggregation)
         multipliers = updated_multipliers(
             multipliers, played.values_IGM, scored.valid_PG, objectives, scoring.budgets, multiplier_rate
         )
     statistics_IS = evaluate(charges, table_policy(charges, logits_INA))[0]
-    names = tuple(instance.preference.name for instance in instances)
-    return Trained(mean_score(charges, instances, statistics_IS), statistics_IS, names, multipliers)
+    names = tuple(instance.preference.name for instance in world.instances)
+    return Trained(mean_score(world, statistics_IS), statistics_IS, names, multipliers)

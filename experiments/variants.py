@@ -1,7 +1,8 @@
 """Named variants of the learner: each a handful of fields that differ from the config's own.
 
-A key is a field's path in `RunConfig`. FACTORS change one thing at a time; FULL_SIZE are the three that are worth
-hours. Floors and budgets are in dollars and seconds of the default world (references $0.012 and 50 s).
+A key is a field's path in `RunConfig`. FACTORS change one thing at a time; the ratio is 1 in a single pass over the
+rollouts, so what chooses it makes two. FULL_SIZE are the three that are worth hours. Floors and budgets are in dollars
+and seconds of the default world (references $0.012 and 50 s).
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rollout_mean": {"grpo.aggregation": "rollout_mean"},
     "sequence_mean": {"grpo.aggregation": "sequence_mean"},
     "constant": {"grpo.aggregation": "constant"},
-    "gspo": {"grpo.ratio": "sequence", "grpo.clip_low": 3e-4, "grpo.clip_high": 4e-4},
-    "cispo": {"grpo.ratio": "cispo"},
+    "two_passes": {"grpo.num_updates": 2},  # what the next two are to be compared with
+    "gspo": {
+        "grpo.num_updates": 2,
+        "grpo.ratio": "sequence",
+        "grpo.aggregation": "rollout_mean",
+        "grpo.clip_low": 3e-4,
+        "grpo.clip_high": 4e-4,
+    },
+    "cispo": {"grpo.num_updates": 2, "grpo.ratio": "cispo"},
     "sequence_correction": {"grpo.correction": "sequence"},
     "no_correction": {"grpo.correction": "none"},
     "kl_k3": {"grpo.kl": "k3"},

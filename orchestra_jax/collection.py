@@ -4,6 +4,9 @@ A homogeneous group has no gradient (DAPO, arXiv 2503.14476, section 3.2, "dynam
 is replaced by a group of a fresh instance, played by the same policy; at most so many rounds, and what is homogeneous
 even then is dropped as ever. Infrastructure failures are not replaced: what broke breaks again.
 
+What was replaced is right throughout or wrong throughout: means over the groups that are trained on are no means of the
+policy any more. `first_groups` are those, before any was replaced.
+
 Knows neither engine nor data: it is given the three things that it does.
 """
 
@@ -23,6 +26,7 @@ class Collected(NamedTuple):
     instances: list[Instance]
     groups: list[TrajectoryGroup]  # in the order of the instances
     scored: ScoredGroups
+    first_groups: list[TrajectoryGroup]  # of the first round alone
     num_resampled: int  # groups that were played in the place of homogeneous ones
     score_s: float
 
@@ -40,6 +44,7 @@ def collect(
     """
     instances = list(draw())
     groups, num_resampled, score_s = list(play(instances, 0)), 0, 0.0
+    first_groups = list(groups)
     for round_number in range(1, max_resamples + 2):
         start_s = time.monotonic()
         scored = score(groups)
@@ -51,4 +56,4 @@ def collect(
         for place, instance, group in zip(alike, fresh, play(fresh, round_number)):
             instances[place], groups[place] = instance, group
         num_resampled += len(fresh)
-    return Collected(instances, groups, scored, num_resampled, score_s)
+    return Collected(instances, groups, scored, first_groups, num_resampled, score_s)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from orchestra_jax.chat import Chat, load_chat
-from orchestra_jax.config import RunConfig
+from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.corpus import build_documents, load_documents
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.data.questions import build_tasks
@@ -22,9 +22,9 @@ from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.filters import FILTERS, OVERLONG
-from orchestra_jax.grpo.loss import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, RATIOS
+from orchestra_jax.grpo.loss import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, RATIOS, check_clips
 from orchestra_jax.models.config import MODELS, ModelConfig
-from orchestra_jax.optimizers import OPTIMIZERS
+from orchestra_jax.optimizers import check_optimizer
 from orchestra_jax.rewards.normalization import RANGE_RULES
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.preference import FORMS
@@ -80,8 +80,6 @@ def check_config(config: RunConfig) -> None:
         "grpo.correction": (config.grpo.correction, CORRECTIONS),
         "grpo.kl": (config.grpo.kl, (*KL_ESTIMATORS, KL_IN_REWARD)),
         "grpo.aggregation": (config.grpo.aggregation, AGGREGATIONS),
-        "warm_start.optimizer.name": (config.warm_start.optimizer.name, OPTIMIZERS),
-        "grpo.optimizer.name": (config.grpo.optimizer.name, OPTIMIZERS),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -95,7 +93,11 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
         )
+    for name, optimizer in (("warm_start", config.warm_start.optimizer), ("grpo", config.grpo.optimizer)):
+        check_optimizer(optimizer, f"{name}.optimizer")
     _check_reward(config)
+    _check_what_does_nothing(config.grpo)
+    _check_numbers(config)
     if config.checkpoint_every < 1 or config.grpo.group_size < 2:
         raise ValueError(
             f"checkpoint_every {config.checkpoint_every} must be 1 or more, and grpo.group_size "
@@ -119,6 +121,68 @@ def _check_reward(config: RunConfig) -> None:
         raise ValueError(f"grpo.tokens_per_row {settings.tokens_per_row} must hold episode.max_tokens {longest}")
     if settings.overlong == "soft" and not 1 <= settings.overlong_buffer_tokens <= longest:
         raise ValueError(f"grpo.overlong_buffer_tokens {settings.overlong_buffer_tokens} must lie in 1 to {longest}")
+
+
+def _check_what_does_nothing(settings: GrpoConfig) -> None:
+    """ValueError for a choice that another choice leaves without effect: an ablation of it would compare equals."""
+    has_floor = settings.range_floor_cost_usd > 0 or settings.range_floor_latency_s > 0
+    has_budget = math.isfinite(settings.budget_cost_usd) or math.isfinite(settings.budget_latency_s)
+    is_range_read = settings.reward_form not in ("weight_then_normalize", "constrained")
+    for is_idle, told in (
+        (
+            settings.ratio != "token" and settings.num_updates == 1,
+            f"grpo.ratio {settings.ratio!r} with grpo.num_updates 1: the ratio of a single pass is 1, raise it",
+        ),
+        (
+            has_floor and settings.range_rule == "reference",
+            'a grpo.range_floor with grpo.range_rule "reference", whose range is fixed: take "group" or "correct"',
+        ),
+        (
+            has_budget and settings.reward_form != "constrained",
+            f'a grpo.budget with grpo.reward_form {settings.reward_form!r}: take "constrained", or leave it out',
+        ),
+        (
+            settings.range_rule != "reference" and not is_range_read,
+            f"grpo.range_rule {settings.range_rule!r} with grpo.reward_form {settings.reward_form!r}, which reads "
+            'none: leave it at "reference"',
+        ),
+        (
+            settings.std_floor > 0 and settings.advantage in ("dr_grpo", "rloo"),
+            f"grpo.std_floor {settings.std_floor} with grpo.advantage {settings.advantage!r}, which divides by no "
+            "deviation: leave it at 0",
+        ),
+        (
+            settings.max_resamples > 0 and settings.min_group_std == 0,
+            f"grpo.max_resamples {settings.max_resamples} with grpo.min_group_std 0: no group is homogeneous, raise it",
+        ),
+    ):
+        if is_idle:
+            raise ValueError(f"without effect: {told}")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    settings = config.grpo
+    check_clips(settings.clip_low, settings.clip_high, settings.dual_clip, settings.correction_clip)
+    lowest = {
+        "grpo.num_updates": (settings.num_updates, 1),
+        "grpo.groups_per_update": (settings.groups_per_update, 1),
+        "grpo.groups_per_micro_batch": (settings.groups_per_micro_batch, 1),
+        "grpo.rows_per_micro_batch": (settings.rows_per_micro_batch, 1),
+        "grpo.segments_per_row": (settings.segments_per_row, 1),
+        "grpo.max_resamples": (settings.max_resamples, 0),
+        "grpo.min_group_std": (settings.min_group_std, 0),
+        "grpo.std_floor": (settings.std_floor, 0),
+        "grpo.multiplier_rate": (settings.multiplier_rate, 0),
+        "episode.num_corrections": (config.episode.num_corrections, 0),
+    }
+    for name, (value, limit) in lowest.items():
+        if not value >= limit:
+            raise ValueError(f"{name} {value} must be {limit} or more")
+    if settings.std_ddof not in (0, 1) or not settings.advantage_clip > 0:
+        raise ValueError(
+            f"grpo.std_ddof {settings.std_ddof} must be 0 or 1, and grpo.advantage_clip {settings.advantage_clip} "
+            "positive: inf switches it off"
+        )
 
 
 def build_objectives(config: RunConfig) -> tuple[Objective, ...]:

@@ -23,6 +23,8 @@ import optax
 from optax import contrib
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+# bfloat16 has 8 bits: what decays by less than 1/256 of itself a step is rounded back to where it was.
+MAX_BFLOAT16_DECAY = 1 - 2**-8
 MUON_RMS = 0.2  # root mean square of an update at rate 1
 # (axes in, axes out) of each weight matrix of models.transformer; axis 0 is the layer.
 MUON_AXES = {
@@ -222,6 +224,20 @@ def with_state_on_host(optimizer: optax.GradientTransformation) -> optax.Gradien
     return optax.GradientTransformation(lambda params: move(optimizer.init(params), jax.memory.Space.Host), update)
 
 
+def check_optimizer(config: OptimizerConfig, name: str) -> None:
+    """ValueError, which calls the config `name`, for an unknown optimizer or dtype, or moments that would not move."""
+    if config.name not in OPTIMIZERS:
+        raise ValueError(f"{name}.name {config.name!r} is not one of {sorted(OPTIMIZERS)}")
+    if config.moment_dtype not in MOMENT_DTYPES:
+        raise ValueError(f"{name}.moment_dtype {config.moment_dtype!r} is not one of {MOMENT_DTYPES}")
+    decay = max(config.beta1, config.beta2, config.momentum)
+    if config.moment_dtype == "bfloat16" and decay > MAX_BFLOAT16_DECAY:
+        raise ValueError(
+            f"{name}: a moment that keeps {decay} of itself a step does not move in bfloat16, lower it to "
+            f"{MAX_BFLOAT16_DECAY:.3f} or take moment_dtype float32"
+        )
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clips the global norm, then steps; see the top of the file for what else is in the chain.
 
@@ -230,13 +246,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       num_steps: optimizer steps of the whole run, over which the rate decays.
 
     Raises:
-      ValueError: an unknown optimizer or moment dtype. A pattern that names no parameter is refused when the state is
+      ValueError: see `check_optimizer`. A pattern that names no parameter is refused when the state is
         made.
     """
-    if config.name not in OPTIMIZERS:
-        raise ValueError(f"optimizer name {config.name!r} is not one of {sorted(OPTIMIZERS)}")
-    if config.moment_dtype not in MOMENT_DTYPES:
-        raise ValueError(f"optimizer moment_dtype {config.moment_dtype!r} is not one of {MOMENT_DTYPES}")
+    check_optimizer(config, "optimizer")
     schedule = learning_rate_schedule(config, num_steps)
     frozen = [freeze(config.frozen)] if config.frozen else []
     named = (*config.frozen, *config.undecayed)

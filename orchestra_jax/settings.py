@@ -45,6 +45,6 @@ def scoring_settings(config: RunConfig) -> ScoringSettings:
 def loss_settings(config: RunConfig) -> LossSettings:
     given = {"aggregation_length": config.episode.max_tokens}
     if config.grpo.kl == KL_IN_REWARD:
-        given["kl"] = "k2"  # for the metric; its coefficient is 0
+        given["kl"] = "k2"  # not read: the loss is given no reference
     names = {field.name for field in dataclasses.fields(LossSettings)} - given.keys()
     return LossSettings(**given, **{name: getattr(config.grpo, name) for name in names})

@@ -28,6 +28,7 @@ from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
 from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
+from orchestra_jax.grpo.filters import rollout_facts
 from orchestra_jax.grpo.kl_penalty import reference_kl
 from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_batches
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
@@ -148,22 +149,23 @@ def improve(
     with interrupt_flag() as interrupt:
         for step in bar:
             clock = [time.monotonic()]
-            instances, groups, scored, num_resampled, score_s = collect(
+            collected = collect(
                 functools.partial(next, batches),
                 functools.partial(play, config, parts, engine, step),
                 functools.partial(score, config, parts, progress),
                 settings.max_resamples,
             )
-            clock.append(time.monotonic() - score_s)
+            instances, groups, scored = collected.instances, collected.groups, collected.scored
+            clock.append(time.monotonic() - collected.score_s)
             updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
             losses = take_optimizer_steps(config, parts, progress, updates, optimizer)
             asyncio.run(engine.update_weights(progress.state.params, step + 1))
-            raise_multipliers(config, parts, progress, groups, scored)
+            raise_multipliers(config, parts, progress, collected.first_groups)
             progress.step = step + 1
             clock.append(time.monotonic())
             values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
-            values["filter/resampled_share"] = num_resampled / len(groups)
+            values["filter/resampled_share"] = collected.num_resampled / len(groups)
             values.update({f"multiplier/{name}": value for name, value in progress.multipliers.items()})
             values |= {"spend/total_usd": parts.account.spent_usd} if parts.account.spent_usd else {}
             metrics.write(step, values)
@@ -201,8 +203,8 @@ def score(config: RunConfig, parts: Components, progress: Progress, groups: list
     )  # fmt: skip
 
 
-def raise_multipliers(config: RunConfig, parts: Components, progress: Progress, groups, scored: ScoredGroups) -> None:
-    """One step of dual ascent on the budgets, if there are any."""
+def raise_multipliers(config: RunConfig, parts: Components, progress: Progress, groups: list[TrajectoryGroup]) -> None:
+    """One step of dual ascent on the budgets, if there are any. `groups`: as they were drawn, none of them replaced."""
     budgets = scoring_settings(config).budgets
     if not budgets:
         return
@@ -210,7 +212,12 @@ def raise_multipliers(config: RunConfig, parts: Components, progress: Progress, 
         [[objective_vector(each.objectives, parts.objectives) for each in group.trajectories] for group in groups]
     )
     progress.multipliers = updated_multipliers(
-        progress.multipliers, vectors_PGM, scored.valid_PG, parts.objectives, budgets, config.grpo.multiplier_rate
+        progress.multipliers,
+        vectors_PGM,
+        ~rollout_facts(groups).is_failed_PG,
+        parts.objectives,
+        budgets,
+        config.grpo.multiplier_rate,
     )
 
 
@@ -242,24 +249,22 @@ def split_into_updates(
     Later updates of a step are slightly off-policy; the truncated importance correction (current over sampler) is what
     accounts for it. More, smaller optimizer steps on the same rollouts learn much faster here (docs/log.md).
     """
-    num_kept = len(scored.kept)
-    if not num_kept:
+    # A group whose rollouts have all left the loss makes no update: its gradient is 0, and the momentum would step.
+    numbers = [k for k, group in enumerate(scored.kept) if scored.trained_PG[group].any()]
+    if not numbers:
         return []
-    parts = np.array_split(
-        np.random.default_rng(seed).permutation(num_kept), -(-num_kept // settings.groups_per_update)
-    )
+    shuffled = np.array(numbers)[np.random.default_rng(seed).permutation(len(numbers))]
     kept = np.array(scored.kept)
     make_batches = make_packed_batches if isinstance(shape, PackedShape) else make_micro_batches
-    updates = [
+    return [
         make_batches(
             [groups[number] for number in kept[part]],
             scored.advantages_KG[part],
             scored.trained_PG[kept[part]],
             shape,
         )
-        for part in parts
+        for part in np.array_split(shuffled, -(-len(numbers) // settings.groups_per_update))
     ]
-    return [update for update in updates if update]  # packed rollouts that are all out of the loss make no batch
 
 
 def grpo_optimizer(settings: GrpoConfig):

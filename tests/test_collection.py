@@ -49,6 +49,7 @@ def test_homogeneous_groups_are_played_again_with_fresh_instances():
     assert found.instances == [6, 1, 4] and [group.instance_id for group in found.groups] == ["6", "1", "4"]
     assert found.scored.kept == (0, 1, 2) and found.num_resampled == 3
     assert found.scored.advantages_KG.shape == (3, 2)
+    assert [group.instance_id for group in found.first_groups] == ["0", "1", "2"]
 
 
 def test_rounds_are_limited_and_what_is_left_is_dropped_as_ever():

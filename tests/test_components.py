@@ -65,6 +65,12 @@ def test_the_parts_follow_the_config():
         ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['correct', 'group', 'reference'\]"),
         ("grpo.aggregation", "mean", r"grpo.aggregation 'mean' is not one of \["),
         ("grpo.optimizer.name", "sgd", r"grpo.optimizer.name 'sgd' is not one of \['adamw', 'muon'\]"),
+        ("grpo.optimizer.moment_dtype", "float16", "grpo.optimizer.moment_dtype 'float16' is not one of"),
+        ("grpo.clip_low", 1.5, "clip_low 1.5 must lie in"),
+        ("grpo.num_updates", 0, "grpo.num_updates 0 must be 1 or more"),
+        ("grpo.max_resamples", -1, "grpo.max_resamples -1 must be 0 or more"),
+        ("grpo.std_ddof", 2, "grpo.std_ddof 2 must be 0 or 1"),
+        ("grpo.advantage_clip", 0.0, "grpo.advantage_clip 0.0 positive"),
         ("grpo.group_size", 1, "grpo.group_size 1 must be 2 or more"),
         ("checkpoint_every", 0, "checkpoint_every 0 must be 1 or more"),
         ("episode.max_tokens", 5000, "episode.max_tokens 5000 does not fit jax_engine.max_tokens 192"),
@@ -80,6 +86,26 @@ def test_a_mistake_in_the_config_is_one_sentence(path, value, told):
     setattr(holder, name, value)
     with pytest.raises(ValueError, match=told):
         build_components(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"ratio": "sequence"}, "'sequence' with grpo.num_updates 1"),
+        ({"ratio": "cispo"}, "'cispo' with grpo.num_updates 1"),
+        ({"range_floor_latency_s": 1.0}, 'grpo.range_floor with grpo.range_rule "reference"'),
+        ({"budget_cost_usd": 0.01}, "grpo.budget with grpo.reward_form 'gated_sum'"),
+        ({"reward_form": "weight_then_normalize", "range_rule": "group"}, "'weight_then_normalize', which reads none"),
+        ({"std_floor": 0.1, "advantage": "rloo"}, "grpo.std_floor 0.1 with grpo.advantage 'rloo'"),
+        ({"max_resamples": 1, "min_group_std": 0.0}, "grpo.max_resamples 1 with grpo.min_group_std 0"),
+    ],
+)
+def test_a_choice_that_would_do_nothing_is_refused(fields, told):
+    config = small_config()
+    for name, value in fields.items():
+        setattr(config.grpo, name, value)
+    with pytest.raises(ValueError, match=f"without effect: .*{told}"):
+        module.check_config(config)
 
 
 def test_episodes_beyond_the_models_context_are_refused():

@@ -151,3 +151,13 @@ def test_a_state_on_the_host_steps_the_same():
 def test_an_unknown_moment_dtype_is_named():
     with pytest.raises(ValueError, match="moment_dtype 'int8' is not one of"):
         make_optimizer(OptimizerConfig(moment_dtype="int8"), num_steps=4)
+
+
+def test_moments_that_bfloat16_would_hold_still_are_refused():
+    """0.999 of a moment plus 0.001 of nothing is the moment again, once rounded."""
+    moment = jnp.bfloat16(1.0)
+    assert (0.999 * moment.astype(jnp.float32)).astype(jnp.bfloat16) == moment
+    assert (0.95 * moment.astype(jnp.float32)).astype(jnp.bfloat16) < moment
+    with pytest.raises(ValueError, match="optimizer: a moment that keeps 0.999 of itself a step does not move"):
+        make_optimizer(OptimizerConfig(beta2=0.999, moment_dtype="bfloat16"), num_steps=2)
+    make_optimizer(OptimizerConfig(beta2=0.999), num_steps=2)

@@ -24,6 +24,7 @@ from orchestra_jax.components import build_components
 from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.pipeline import make_training_iterator
 from orchestra_jax.grpo.batching import BatchShape
+from orchestra_jax.grpo.packing import PackedBatch, PackedShape
 from orchestra_jax.grpo.scoring import ScoredGroups
 from orchestra_jax.metrics import MetricsWriter, check_metric_names
 from orchestra_jax.optimizers import make_optimizer
@@ -331,21 +332,26 @@ def test_the_learners_other_choices_run_and_resume_with_their_multipliers(tmp_pa
     config = small_config()
     config.checkpoint_every, config.keep_checkpoints = 1, 3
     config.episode.num_corrections = 1
+    # Long enough for episodes that differ: where all are cut at the token limit, no group is trained on.
+    config.warm_start.num_steps, config.warm_start.num_groups = 100, 4
+    config.jax_engine.num_rows, config.jax_engine.row_buckets = 32, (4, 16)
     settings = config.grpo
-    settings.batching, settings.tokens_per_row, settings.rows_per_micro_batch, settings.kl = (
-        "packed",
-        192,
-        4,
-        "k1_reward",
-    )
+    settings.num_groups, settings.groups_per_update = 8, 8
+    settings.batching, settings.tokens_per_row, settings.rows_per_micro_batch = "packed", 192, 4
+    settings.kl = "k1_reward"
     settings.reward_form, settings.budget_cost_usd, settings.multiplier_rate = "constrained", 1e-6, 10.0
     settings.filters, settings.overlong, settings.ratio, settings.correction = "paper", "soft", "sequence", "sequence"
+    settings.num_updates = 2
     settings.advantage, settings.aggregation, settings.max_resamples = "leave_one_out", "constant", 1
     settings.min_group_std, settings.std_floor = 1e-4, 0.1
     summary = training.run(config, str(tmp_path / "run"))
     lines = untimed(tmp_path / "run")
-    assert all(line["multiplier/cost_usd"] > 0 for line in lines) and "filter/resampled_share" in lines[0]
-    assert sum(line.get("filter/rollouts/leaves_loss/malformed", 0) for line in lines) > 0  # the policy babbles
+    assert all(line["multiplier/cost_usd"] > 0 for line in lines)
+    for line in lines:
+        assert line["filter/kept_groups_share"] > 0 and line["loss/num_tokens"] > 0
+        assert line["loss/ratio_mean"] != 1.0 and line["optimizer/gradient_norm"] > 0
+        assert line["filter/resampled_share"] > 0 and line["filter/rollouts/lowers_reward/overlong"] > 0
+    assert any(name.startswith("filter/rollouts/leaves_loss/") for line in lines for name in line)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(NUM_STEPS))
     (tmp_path / "run" / "summary.json").unlink()
     again = training.run(config, str(tmp_path / "run"))
@@ -375,6 +381,20 @@ def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
     assert any(not np.array_equal(a[0].advantages_B, b[0].advantages_B) for a, b in zip(updates, split(seed=1)))
     nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {}, ())
     assert training.split_into_updates(groups, nothing, settings, shape, seed=0) == []
+
+
+@pytest.mark.parametrize("shape", [BatchShape(2, 2, (4,), (4,)), PackedShape(2, 8, 2)])
+def test_a_group_whose_rollouts_have_all_left_the_loss_makes_no_update(shape):
+    """Its gradient would be 0 and the optimizer's momentum would step all the same."""
+    groups = [bare_group(str(number)) for number in range(3)]
+    valid_PG, trained_PG = np.ones((3, 2), bool), np.array([[False, False], [True, False], [False, False]])
+    zeros_KG = np.zeros((3, 2))
+    scored = ScoredGroups(zeros_KG, valid_PG, trained_PG, (0, 1, 2), zeros_KG, zeros_KG > 0, {}, ())
+    settings = GrpoConfig(groups_per_update=1, group_size=2)
+    ((batch,),) = training.split_into_updates(groups, scored, settings, shape, seed=0)
+    assert (batch.loss_mask_RT if isinstance(batch, PackedBatch) else batch.loss_mask_BC).any(axis=1).sum() == 1
+    nobody = dataclasses.replace(scored, trained_PG=~valid_PG)
+    assert training.split_into_updates(groups, nobody, settings, shape, seed=0) == []
 
 
 def test_the_kl_coefficient_falls_linearly():

@@ -4,7 +4,7 @@
     "dr_grpo"        R_i - mean
     "rloo"           R_i - mean of the others = n / (n - 1) (R_i - mean)
     "leave_one_out"  (R_i - mean of the others) / (max(std of the others, std_floor) + epsilon)
-    "batch"          (R_i - mean) / (max(std, std_floor) + epsilon)    mean and std over all valid rollouts of the batch
+    "batch"          (R_i - mean) / (max(std, std_floor) + epsilon)    over the valid rollouts of all groups given
 
 Sources: DeepSeekMath (arXiv 2402.03300), as ToolOrchestra uses it; Dr. GRPO (2503.20783); RLOO (2402.14740);
 REINFORCE++ (2501.03262) for the baseline of the batch. Dividing gives a group whose rollouts differ by cents the same

@@ -18,10 +18,10 @@ Choices, each a key of a dict in this file:
                  (rollouts * aggregation_length)
 
 Sources: GRPO arXiv 2402.03300; asymmetric clip DAPO arXiv 2503.14476; dual clip arXiv 1912.09729; k1 to k3 Schulman,
-"Approximating KL Divergence" (2020): k2's gradient on samples of pi is in expectation that of KL(pi || pi_ref); GSPO
-arXiv 2507.18071; CISPO arXiv 2506.13585; the constant Dr. GRPO, arXiv 2503.20783. ToolOrchestra's release sets 0.2,
-0.28, 10, 1e-4 for the two clips, the dual clip and the KL (k2). By hand: pi / pi_old = 1.5 with A = 1 costs -1.28 and
-has no gradient; with A = -1 it costs 1.5.
+"Approximating KL Divergence" (2020): k2's gradient on samples of pi is in expectation that of KL(pi || pi_ref), k3's
+that of KL(pi_ref || pi); GSPO arXiv 2507.18071; CISPO arXiv 2506.13585; the constant Dr. GRPO, arXiv 2503.20783.
+ToolOrchestra's release sets 0.2, 0.28, 10, 1e-4 for the two clips, the dual clip and the KL (k2). By hand: pi / pi_old
+= 1.5 with A = 1 costs -1.28 and has no gradient; with A = -1 it costs 1.5.
 
 Entropy H and all log-probabilities are natural and at the sampling temperature. A row is one rollout, or, with segment
 ids, several; where its advantage comes from is not known here.
@@ -125,7 +125,8 @@ def _exp_log_ratio(log_ratio_BT):
     return jnp.exp(jnp.clip(log_ratio_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def _check_clips(clip_low, clip_high, dual_clip, correction_clip):
+def check_clips(clip_low: float, clip_high: float, dual_clip: float, correction_clip: float) -> None:
+    """ValueError for what clips nothing, or everything."""
     if not (0 < clip_low < 1 and clip_high > 0):
         raise ValueError(f"clip_low {clip_low} must lie in (0, 1) and clip_high {clip_high} above 0")
     if not dual_clip > 1 + clip_high:
@@ -260,7 +261,7 @@ def grpo_loss(
     Raises:
       ValueError: a setting out of its range, or a coefficient without the array it weighs.
     """
-    _check_clips(clip_low, clip_high, dual_clip, correction_clip)
+    check_clips(clip_low, clip_high, dual_clip, correction_clip)
     token_weights, _ = _choice("aggregation", aggregation, AGGREGATIONS)
     mask_BT = jnp.asarray(loss_mask_BT).astype(bool)
     assert len(advantages_B) == len(mask_BT), f"advantages {advantages_B.shape} for a mask {mask_BT.shape}"

@@ -3,7 +3,11 @@
 Range rules:
     "group"      ToolOrchestra (section 3.2): min and max over all valid rollouts of the group, zeros included, and 0
                  where max == min. It stretches whatever difference is left to a full unit; `range_floor` bounds that:
-                 a difference smaller than the floor keeps its size, as a share of the floor.
+                 a range narrower than the floor is widened to it, and lies as near to reference_low..reference_low +
+                 floor as the group's values let it. Where all values lie in there, the coordinate is that of
+                 "reference" with the floor for its range: no other rollout matters, and what is maximised is a fixed
+                 utility. Widened at the worst value of the group instead, the zero point would move with the group, and
+                 through the gate what a right answer is worth (docs/ablations.md).
     "correct"    The same over the valid rollouts with outcome 1 alone; the outcome, which is constant among them, keeps
                  its reference range. A wrong answer says nothing of what an answer costs. Without any right answer: as
                  "group".
@@ -12,8 +16,9 @@ Range rules:
 An objective that is not gated is measured against its reference points under every rule: a broken constraint is no
 better for being broken by the whole group.
 
-By hand: costs of $0.02, $0.06, $0.10 and "minimize" are 1, 0.5, 0 under "group"; with a floor of $0.16 they are 0.5,
-0.25, 0; with reference points $0 and $0.20 they are 0.9, 0.7, 0.5 under "reference".
+By hand: costs of $0.02, $0.06, $0.10 and "minimize" are 1, 0.5, 0 under "group"; with a floor of $0.16, and so a range
+of $0 to $0.16, they are 0.875, 0.625, 0.375; with reference points $0 and $0.20 they are 0.9, 0.7, 0.5 under
+"reference".
 
 Shape suffixes: G rollouts of a group, M objectives. All arrays take leading dims too, as in [P, G, M] for P groups.
 """
@@ -25,6 +30,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from orchestra_jax.rewards.objectives import Objective, is_gated, outcome_index
+
+ROUNDING = 1e-9  # as a share of the value: the same charges added in another order are one cost
 
 
 def _reference_range(vectors_GM, objectives, valid_G):
@@ -41,11 +48,16 @@ def _group_range(vectors_GM, objectives, valid_G):
     low_1M = np.where(is_valid_G1, vectors_GM, np.inf).min(axis=-2, keepdims=True)
     high_1M = np.where(is_valid_G1, vectors_GM, -np.inf).max(axis=-2, keepdims=True)
     low_1M, high_1M = np.where(has_any_11, low_1M, 0.0), np.where(has_any_11, high_1M, 0.0)
+    is_constant_1M = high_1M - low_1M <= ROUNDING * np.maximum(np.abs(low_1M), np.abs(high_1M))
+    span_1M = np.maximum(np.where(is_constant_1M, 0.0, high_1M - low_1M), floor_M)
+    is_narrow_1M = high_1M - low_1M < floor_M
+    low_1M = np.where(is_narrow_1M, np.clip(reference_low_M, high_1M - floor_M, low_1M), low_1M)
+    high_1M = np.where(is_narrow_1M, low_1M + floor_M, high_1M)
     is_gated_M = is_gated(objectives)
     return (
         np.where(is_gated_M, low_1M, reference_low_M),
         np.where(is_gated_M, high_1M, reference_high_M),
-        np.where(is_gated_M, np.maximum(high_1M - low_1M, floor_M), reference_span_M),
+        np.where(is_gated_M, span_1M, reference_span_M),
     )
 
 

@@ -26,7 +26,7 @@ class Objective:
     direction: str  # "maximize" or "minimize"
     reference_low: float
     reference_high: float
-    range_floor: float = 0.0  # the smallest difference that "group" stretches to a full unit
+    range_floor: float = 0.0  # a group's range that is narrower is widened to it (rewards/normalization.py)
     is_gated: bool = True  # False: a constraint, paid by wrong answers too
     cap: float = math.inf  # a larger value counts as this one
 

@@ -7,13 +7,31 @@ import numpy as np
 import pytest
 
 from experiments import minimal_grpo as module
+from orchestra_jax.rewards.objectives import Objective
+from orchestra_jax.rewards.preference import preference_reward
 
 
 def test_the_reward_by_hand():
     vectors_PGM = np.array([[[1.0, 0.01], [1.0, 0.05], [0.0, 0.11]]])
     np.testing.assert_allclose(module.preference_reward(vectors_PGM, np.array([[0.2, 0.8]])), [[1.0, 0.68, 0.0]])
-    alike_PGM = np.array([[[1.0, 0.04], [1.0, 0.05]]])  # a cent is a tenth of the floor; the outcome has no range
-    np.testing.assert_allclose(module.preference_reward(alike_PGM, np.array([[0.2, 0.8]])), [[0.08, 0.0]])
+    alike_PGM = np.array([[[1.0, 0.04], [1.0, 0.05]]])  # a range of $0 to $0.10; the outcome has none
+    np.testing.assert_allclose(module.preference_reward(alike_PGM, np.array([[0.2, 0.8]])), [[0.48, 0.40]])
+
+
+@pytest.mark.parametrize("is_dear", [False, True])
+def test_the_reward_is_the_packages(is_dear):
+    """The page and rewards/preference.py, on the same groups, with costs below and beyond the floor."""
+    objectives = (
+        Objective("outcome", "maximize", 0.0, 1.0),
+        Objective("cost_usd", "minimize", 0.0, 0.2, range_floor=module.FLOORS[1]),
+    )
+    rng = np.random.default_rng(0)
+    costs_PG = rng.uniform(0, 0.25 if is_dear else 0.1, (20, 5))
+    vectors_PGM = np.stack([rng.integers(0, 2, (20, 5)), costs_PG], axis=-1)
+    weights_PM = rng.uniform(0.1, 1, (20, 2))
+    weights_PM /= weights_PM.sum(axis=1, keepdims=True)
+    expected_PG = preference_reward(vectors_PGM, weights_PM, objectives, np.ones((20, 5), bool), "group")
+    np.testing.assert_allclose(module.preference_reward(vectors_PGM, weights_PM), expected_PG, atol=1e-12)
 
 
 def test_the_advantage_by_hand():

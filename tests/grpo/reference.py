@@ -30,7 +30,10 @@ def ranges(rule, objectives, vectors, valid):
             rows = right or rows
         values = [value_of(objective, vectors[i][m]) for i in rows]
         low, high = (min(values), max(values)) if values else (0.0, 0.0)
-        found.append((low, high, max(high - low, objective["floor"])))
+        if high - low < objective["floor"]:  # the interval of that length next to `low` that holds all values
+            low = min(max(objective["low"], high - objective["floor"]), low)
+            high = low + objective["floor"]
+        found.append((low, high, high - low))
     return found
 
 

@@ -198,6 +198,21 @@ def test_old_logprobs_are_computed_once_and_only_for_further_updates(monkeypatch
     assert metrics["ratio_mean"] != pytest.approx(1, abs=1e-5)  # a longer step leaves it, and is measured against it
 
 
+def test_the_first_of_two_passes_has_a_ratio_of_exactly_one(monkeypatch):
+    """What is old is current there by construction, not by two programs that happen to agree."""
+    seen, add_gradients = [], module.add_gradients
+
+    def recorded(gradients, params, batch, old_BC, *args, **kwargs):
+        gradients, metrics = add_gradients(gradients, params, batch, old_BC, *args, **kwargs)
+        seen.append((old_BC is None, float(metrics["ratio_mean"]), float(metrics["clip_share"])))
+        return gradients, metrics
+
+    monkeypatch.setattr(module, "add_gradients", recorded)
+    update(micro_batches(), num_updates=2)
+    assert seen[:2] == [(True, 1.0, 0.0)] * 2
+    assert all(not is_on_policy and ratio != 1.0 for is_on_policy, ratio, _ in seen[2:]) and len(seen) == 4
+
+
 def test_the_kl_term_pulls_towards_the_reference():
     batches = micro_batches(advantages_PG=np.zeros_like(ADVANTAGES_PG))
     reference = fixed_params(1)

@@ -1,5 +1,7 @@
 """The preference reward: hand numbers, its promises, and the cases in which the reference release is known to fail."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,38 @@ def test_range_floor_keeps_pennies_small():
     np.testing.assert_allclose(normalize(np.array([[0.100], [0.102]]), (floored,), valid, "group"), [[0.02], [0]])
     np.testing.assert_allclose(normalize(np.array([[0.1], [0.5]]), (floored,), valid, "group"), [[1], [0]])
     np.testing.assert_allclose(normalize(np.array([[0.1], [0.1]]), (floored,), valid, "group"), [[0], [0]])
+
+
+def test_a_floor_has_a_fixed_place_as_far_as_the_values_let_it():
+    floored = Objective("cost_usd", "minimize", 0.0, 0.2, range_floor=0.16)
+    valid = np.ones(2, bool)
+    for costs, expected in (
+        ([0.02, 0.10], [0.875, 0.375]),  # $0 to $0.16
+        ([0.02, 0.16], [0.875, 0.0]),
+        ([0.10, 0.24], [0.875, 0.0]),  # pushed up: $0.08 to $0.24
+        ([0.04, 0.24], [1.0, 0.0]),  # wider than the floor: the group's own
+        ([0.06, 0.06], [0.625, 0.625]),
+    ):
+        found = normalize(np.array(costs)[:, None], (floored,), valid, "group")
+        np.testing.assert_allclose(found[:, 0], expected, atol=1e-12)
+
+
+def test_with_a_floor_at_the_reference_range_costs_within_it_have_the_utility_of_reference():
+    """Up to the outcome's own coordinate, which is constant among equals: no advantage sees the difference."""
+    rng = np.random.default_rng(5)
+    floored = tuple(dataclasses.replace(each, range_floor=each.reference_high) for each in ALL)
+    for _ in range(20):
+        vectors_GM, weights_M = random_group(rng)
+        vectors_GM[:, 1:3] /= 2.0  # at most $0.20 and 100 s
+        expected_G = rewards(vectors_GM, weights_M, ALL, "reference")
+        np.testing.assert_allclose(rewards(vectors_GM, weights_M, floored, "group"), expected_G, atol=1e-12)
+
+
+def test_the_same_charges_in_another_order_are_one_cost():
+    """0.1 + 0.2 is not 0.3 to the last bit; without a floor the paper's form would make a full unit of it."""
+    for rule in ("group", "correct"):
+        first, second = rewards([[1, 0.1 + 0.2], [1, 0.3]], [1, 1], OUTCOME_COST, rule)
+        assert first == second
 
 
 def test_reward_by_hand():

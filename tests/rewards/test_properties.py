@@ -88,15 +88,26 @@ def test_the_order_of_objectives_tools_and_rollouts_changes_nothing(form, rule, 
     np.testing.assert_allclose(found_G, rewards(vectors_GM, weights_M, rule, form)[order_G], atol=SLACK)
 
 
+@pytest.mark.parametrize("has_floor", [False, True])
 @pytest.mark.parametrize("rule", ["group", "correct"])
 @given(groups(), st.sampled_from([COST, LATENCY]), st.integers(1, 50))
 @settings(max_examples=NUM_EXAMPLES, deadline=None)
-def test_a_constant_added_to_a_coordinate_changes_nothing(rule, group, column, constant):
+def test_a_constant_added_to_a_coordinate_changes_nothing(rule, has_floor, group, column, constant):
+    """In the paper's form whatever is declared; a floor has a place, which the constant moves with the values."""
     vectors_GM, weights_M = group
+    added = constant * (1e-3 if column == COST else 1.0)
+    plain = [dataclasses.replace(each, range_floor=each.range_floor * has_floor) for each in OBJECTIVES]
+    moved = list(plain)
+    if has_floor:
+        low, high = plain[column].reference_low + added, plain[column].reference_high + added
+        moved[column] = dataclasses.replace(plain[column], reference_low=low, reference_high=high)
     moved_GM = vectors_GM.copy()
-    moved_GM[:, column] += constant * (1e-3 if column == COST else 1.0)
-    assume((np.ptp(moved_GM[:, column]) > 0) == (np.ptp(vectors_GM[:, column]) > 0))  # else rounding made a range
-    np.testing.assert_allclose(rewards(moved_GM, weights_M, rule), rewards(vectors_GM, weights_M, rule), atol=1e-7)
+    moved_GM[:, column] += added
+    found_G, expected_G = (
+        rewards(moved_GM, weights_M, rule, objectives=moved),
+        rewards(vectors_GM, weights_M, rule, objectives=plain),
+    )
+    np.testing.assert_allclose(found_G, expected_G, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", RULES)
