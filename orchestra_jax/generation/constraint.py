@@ -1,8 +1,9 @@
 """Tool calls that cannot be malformed: between `<tool_call>` and its end only what the schemas allow is sampled.
 
-For evaluation and serving alone: a policy that is held by the hand samples from another distribution than the one that
-the learner differentiates (rollouts for training refuse it). The grammar of JSON is llguidance's (the `constraints`
-extra); which ids open and close a call is known here, for control tokens are recognised by id and never by spelling.
+For serving alone: a policy that is held by the hand samples from another distribution than the one that the learner
+differentiates, so an episode (environments.rollout) has no field for a constraint. The grammar of JSON is llguidance's
+(the `constraints` extra); which ids open and close a call is known here, for control tokens are recognised by id and
+never by spelling.
 """
 
 from __future__ import annotations

@@ -16,13 +16,23 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from orchestra_jax import sharding
 from orchestra_jax.generation.sampling import SamplingRows, sample
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.kv_cache import KVCache, write
+from orchestra_jax.models.kv_cache import KVCache, empty_cache, write
 from orchestra_jax.models.transformer import Transformer, head_weights
+
+# Where there is a mesh, each device keeps the key heads that it computes.
+CACHE_AXES = KVCache(
+    PartitionSpec("layers", None, "kv_heads", "head_dim", None),
+    PartitionSpec("layers", None, "kv_heads", None, "head_dim"),
+    PartitionSpec(None),
+)
 
 
 class Turns(NamedTuple):
@@ -37,10 +47,10 @@ class Turns(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When a decode returns although rows still run. int32 scalars."""
+    """When a decode returns although rows still run; besides, a watched id ends it at once. int32 scalars."""
 
     num_steps: jax.Array
-    num_events: jax.Array  # rows that ended, and watched ids
+    num_ended: jax.Array  # rows that ended in this call
 
 
 class Sampled(NamedTuple):
@@ -49,6 +59,19 @@ class Sampled(NamedTuple):
     num_tokens_R: jax.Array  # int32
     is_stopped_R: jax.Array  # bool: ended by a stop id
     num_steps: jax.Array  # int32: steps that ran
+
+
+def make_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: Mesh | None) -> KVCache:
+    """An empty cache, laid out on the mesh if there is one. ValueError if its tensor axis does not divide the heads."""
+    if mesh is None:
+        return empty_cache(config, num_rows, num_slots)
+    num_splits = mesh.shape.get("tensor", 1)
+    if config.num_kv_heads % num_splits:
+        raise ValueError(
+            f"{config.num_kv_heads} key-value heads over a tensor axis of {num_splits}: choose a divisor for the axis"
+        )
+    make = functools.partial(empty_cache, config, num_rows, num_slots)
+    return jax.jit(make, out_shardings=sharding.shardings(CACHE_AXES, mesh))()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_slots"), donate_argnames="store")
@@ -101,12 +124,12 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
         return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.num_left_R)
 
     def should_go_on(carry):
-        _, _, num_events, sampled = carry
-        is_within = (sampled.num_steps < jnp.minimum(limits.num_steps, max_steps)) & (num_events < limits.num_events)
-        return is_running(sampled).any() & is_within
+        _, _, num_ended, has_watched, sampled = carry
+        is_within = (sampled.num_steps < jnp.minimum(limits.num_steps, max_steps)) & (num_ended < limits.num_ended)
+        return is_running(sampled).any() & is_within & ~has_watched
 
     def step(carry):
-        cache, token_R, num_events, sampled = carry
+        cache, token_R, num_ended, _, sampled = carry
         is_running_R = is_running(sampled)
         hidden_R1D, cache = _forward(params, cache, token_R[:, None], is_running_R[:, None], config)
         logits_RV = jnp.matmul(hidden_R1D[:, 0], head_DV.astype(hidden_R1D.dtype), preferred_element_type=jnp.float32)
@@ -121,8 +144,8 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
             sampled.is_stopped_R | (is_running_R & is_stop_R),
             number + 1,
         )
-        is_event_R = is_running_R & (~is_running(sampled) | is_watched_R)
-        return cache, token_R, num_events + is_event_R.sum(dtype=jnp.int32), sampled
+        num_ended += (is_running_R & ~is_running(sampled)).sum(dtype=jnp.int32)
+        return cache, token_R, num_ended, (is_running_R & is_watched_R).any(), sampled
 
     sampled = Sampled(
         jnp.zeros((num_rows, max_steps), jnp.int32),
@@ -131,9 +154,14 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
         jnp.zeros(num_rows, bool),
         jnp.int32(0),
     )
-    carry = (cache, turns.last_tokens_R, jnp.int32(0), sampled)
-    cache, _, _, sampled = jax.lax.while_loop(should_go_on, step, carry)
-    return cache, sampled
+    carry = (cache, turns.last_tokens_R, jnp.int32(0), jnp.bool_(False), sampled)
+    cache, *_, sampled = jax.lax.while_loop(should_go_on, step, carry)
+    return _on_mesh(cache), sampled
+
+
+def _on_mesh(cache: KVCache) -> KVCache:
+    """Holds a cache to its layout, so that the next call finds it as it was compiled for. Nothing without a mesh."""
+    return KVCache(*map(nn.with_logical_constraint, cache, map(tuple, CACHE_AXES)))
 
 
 def _forward(params, own: KVCache, tokens_RT, is_valid_RT, config: ModelConfig):
@@ -177,4 +205,5 @@ def _put_rows(cache: KVCache, rows_R, num_rows, own: KVCache) -> KVCache:
 
         return jax.lax.fori_loop(0, num_rows, copy_row, array)
 
-    return KVCache(put(cache.keys_LCKHS, own.keys_LCKHS), put(cache.values_LCKSH, own.values_LCKSH), cache.lengths_B)
+    keys, values = put(cache.keys_LCKHS, own.keys_LCKHS), put(cache.values_LCKSH, own.values_LCKSH)
+    return _on_mesh(KVCache(keys, values, cache.lengths_B))

@@ -13,19 +13,21 @@ arithmetic when few requests are there, and cost that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
-from orchestra_jax.generation.decoding import copy_rows, extend
+from orchestra_jax.generation.decoding import copy_rows, extend, make_cache
 from orchestra_jax.generation.engine import Completion, OnWatched, Sampling, check_sampling
 from orchestra_jax.generation.lanes import MAX_STOP_IDS, MAX_WATCH_IDS, Counters, Lane, Turn
 from orchestra_jax.generation.prefix_store import PrefixStore
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.kv_cache import empty_cache
+from orchestra_jax.sharding import mesh_context
 
 QUIET_TICKS = 8  # turns of the event loop without a new request before a round begins
 
@@ -48,10 +50,17 @@ class JaxEngineConfig:
 
 
 class JaxEngine:
-    """An `Engine` (engine.py). `counters` says what it did."""
+    """An `Engine` (engine.py). `counters` says what it did.
 
-    def __init__(self, model_config: ModelConfig, params, config: JaxEngineConfig, version: int = 0):
+    On a `mesh` the caller lays the parameters out (sharding.RULES); the engine splits its caches by key-value heads
+    over the `tensor` axis, and repeats them over the others.
+    """
+
+    def __init__(
+        self, model_config: ModelConfig, params, config: JaxEngineConfig, version: int = 0, mesh: Mesh | None = None
+    ):
         _check_config(config)
+        self._mesh = mesh
         self._model_config, self._params, self._config, self._version = model_config, params, config, version
         self._slot_buckets = _buckets(config.slot_buckets, config.max_tokens)
         self._store = PrefixStore(config.num_rows, config.max_tokens, wait_tokens=config.chunk_buckets[-1])
@@ -84,6 +93,7 @@ class JaxEngine:
         loop = asyncio.get_running_loop()
         turn = Turn(prompt_tokens, sampling, request_id, session_id)
         turn.future, turn.on_watched = loop.create_future(), on_watched
+        turn.lane = self._slot_buckets.index(_bucket(self._slot_buckets, turn.num_slots))
         if deadline_s is not None:
             turn.deadline = time.monotonic() + deadline_s
         self._turns[session_id] = turn
@@ -183,31 +193,32 @@ class JaxEngine:
         """Empty caches, and nobody in them."""
         config = self._config
         self._store.forget()
-        self._store_cache = empty_cache(self._model_config, config.num_rows, config.max_tokens)
+        self._store_cache = make_cache(self._model_config, config.num_rows, config.max_tokens, self._mesh)
         few_rows = config.row_buckets[0] if len(config.row_buckets) > 1 else 0
         self._lanes = [
-            Lane(self._model_config, config.row_buckets[-1], num_slots, few_rows) for num_slots in self._slot_buckets
+            Lane(self._model_config, config.row_buckets[-1], num_slots, few_rows, self._mesh)
+            for num_slots in self._slot_buckets
         ]
 
     def _run_round(self, arrived: Sequence[Turn], tell: Callable) -> None:
         """Fills, joins, samples a few tokens in each lane. `tell(function, turns)`: call it in the event loop."""
         with self._device_lock:
-            start_s = time.monotonic()
+            start_s, is_done = time.monotonic(), False
             self._waiting.extend(arrived)
             try:
-                self._sweep(tell)
-                self._match()
-                self._fill()
-                self._join()
-                for lane in self._lanes:
-                    if lane.turns:
-                        self._dispatch(lane, tell)
-            except BaseException:
-                # Donated caches may be gone, and rows half filled are not to be believed.
-                self._waiting, self._filling, self._ready = [], [], []
-                self._make_caches()
-                raise
+                with contextlib.nullcontext() if self._mesh is None else mesh_context(self._mesh):
+                    self._sweep(tell)
+                    self._match()
+                    self._fill()
+                    self._join()
+                    for lane in self._lanes:
+                        if lane.turns:
+                            self._dispatch(lane, tell)
+                is_done = True
             finally:
+                if not is_done:  # donated caches may be gone, and rows half filled are not to be believed
+                    self._waiting, self._filling, self._ready = [], [], []
+                    self._make_caches()
                 self.counters.busy_s += time.monotonic() - start_s
 
     def _sweep(self, tell: Callable) -> None:
@@ -231,13 +242,14 @@ class JaxEngine:
         """
         num_wanted = sum(lane.num_rows for lane in self._lanes) - len(self._filling) - len(self._ready)
         candidates = sorted(self._waiting, key=lambda turn: not self._store.has(turn.session_id))
-        self._waiting = candidates[max(num_wanted, 0) :]
+        blocked, rest = [], candidates[max(num_wanted, 0) :]
         for turn in candidates[: max(num_wanted, 0)]:
             turn.match = self._store.match(turn.session_id, turn.prefix) if turn.length > 1 else None
             if turn.match is None and turn.length > 1:
-                self._waiting.append(turn)
+                blocked.append(turn)
             else:
                 (self._ready if self._is_filled(turn) else self._filling).append(turn)
+        self._waiting = blocked + rest
 
     def _is_filled(self, turn: Turn) -> bool:
         return turn.length == 1 or self._store.num_filled_B[turn.match.row] >= turn.length - 1
@@ -246,7 +258,7 @@ class JaxEngine:
         """Prefills one chunk of each prefix: full batches at once, others only if a lane would go short."""
         free = [lane.num_free for lane in self._lanes]
         for turn in self._ready:
-            free[self._lane_of(turn)] -= 1
+            free[turn.lane] -= 1
         groups: dict[tuple[int, int], list[tuple[Turn, int, int]]] = {}
         for turn in self._filling:
             num_wanted = turn.length - 1
@@ -258,7 +270,7 @@ class JaxEngine:
         for shape, chunks in groups.items():
             for begin in range(0, len(chunks), self._config.chunk_rows):
                 batch = chunks[begin : begin + self._config.chunk_rows]
-                is_short = any(free[self._lane_of(turn)] > 0 for turn, _, _ in batch)
+                is_short = any(free[turn.lane] > 0 for turn, _, _ in batch)
                 if is_short or len(batch) == self._config.chunk_rows:
                     self._extend(batch, *shape)
         self._ready += [turn for turn in self._filling if self._is_filled(turn)]
@@ -286,7 +298,7 @@ class JaxEngine:
         """Puts turns whose prefix is there into free rows of their lanes, in the order in which they came."""
         still_ready, copies = [], {}
         for turn in self._ready:
-            lane = self._lanes[self._lane_of(turn)]
+            lane = self._lanes[turn.lane]
             if not lane.num_free:
                 still_ready.append(turn)
                 continue
@@ -302,7 +314,7 @@ class JaxEngine:
         """Samples a few tokens in a lane; those that end leave it, and their prefixes go to the store."""
         number = self._lanes.index(lane)
         stages = (self._waiting, self._filling, self._ready)
-        num_waiting = sum(self._lane_of(turn) == number for stage in stages for turn in stage)
+        num_waiting = sum(turn.lane == number for stage in stages for turn in stage)
         watched = lane.dispatch(
             self._params, self._config.steps_per_dispatch, num_waiting, self._version, self.counters
         )
@@ -324,9 +336,6 @@ class JaxEngine:
         if turn.match is not None:
             self._store.unpin(turn.match.source_row, turn.match.row)
             turn.match = None
-
-    def _lane_of(self, turn: Turn) -> int:
-        return next(number for number, size in enumerate(self._slot_buckets) if size >= turn.num_slots)
 
 
 def _check_config(config: JaxEngineConfig) -> None:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from orchestra_jax.generation.decoding import Limits, Sampled, Turns, decode, decode_few
+from orchestra_jax.generation.decoding import Limits, Sampled, Turns, decode, decode_few, make_cache
 from orchestra_jax.generation.engine import Completion, OnWatched, Sampling
 from orchestra_jax.generation.prefix_store import Match
 from orchestra_jax.generation.sampling import SamplingRows
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.kv_cache import empty_cache
 from orchestra_jax.types import StopReason
 
 MAX_STOP_IDS = 8  # of one request: a dim of a compiled shape
@@ -42,6 +42,7 @@ class Turn:
         self.deadline = float("inf")  # by time.monotonic()
         self.future: asyncio.Future | None = None
         self.on_watched: OnWatched | None = None
+        self.lane = 0  # the number of the lane that its length asks for
         self.is_queued = False
         self.is_aborted = False
         self.is_stopped = False
@@ -123,9 +124,11 @@ class Counters:
 class Lane:
     """`num_rows` turns side by side over `num_slots` slots each. `few_rows`: see decoding.decode_few; 0 for never."""
 
-    def __init__(self, model_config: ModelConfig, num_rows: int, num_slots: int, few_rows: int):
+    def __init__(
+        self, model_config: ModelConfig, num_rows: int, num_slots: int, few_rows: int, mesh: Mesh | None = None
+    ):
         self._model_config, self.num_rows, self.num_slots, self._few_rows = model_config, num_rows, num_slots, few_rows
-        self.cache = empty_cache(model_config, num_rows, num_slots)
+        self.cache = make_cache(model_config, num_rows, num_slots, mesh)
         self.turns: dict[int, Turn] = {}  # by row
         self._free = list(range(num_rows))[::-1]
         self._state = Turns(
@@ -174,11 +177,10 @@ class Lane:
         While turns wait, it is over as soon as one row in sixteen is free for them.
         """
         num_running = len(self.turns)
-        has_watchers = any(turn.sampling.watch_ids for turn in self.turns.values())
-        num_events = 1 if has_watchers else max(num_running // 16, 1) if num_waiting else self.num_rows + 1
+        num_ended = max(num_running // 16, 1) if num_waiting else self.num_rows
         constrained = {row: turn for row, turn in self.turns.items() if turn.sampling.constraint is not None}
         # What a constraint allows is known one token at a time.
-        limits = Limits(np.int32(1 if constrained else max_steps), np.int32(num_events))
+        limits = Limits(np.int32(1 if constrained else max_steps), np.int32(num_ended))
         is_allowed_RV = self._allowed(constrained) if constrained else None
         run = self._run_few if num_running <= self._few_rows < self.num_rows else self._run_all
         places, sampled = run(params, limits, is_allowed_RV, max_steps)
