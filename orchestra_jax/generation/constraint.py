@@ -8,6 +8,7 @@ never by spelling.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,9 @@ class ToolCallConstraint:
         if not tools:
             raise ValueError("tools is empty: a constraint needs the schema of one tool at least")
         calls = [_call_schema(tool.get("function", tool)) for tool in tools]
-        self._grammar = llguidance.LLMatcher.grammar_from_json_schema({"anyOf": calls})
+        # The line breaks are those that the template writes around a call.
+        schema = json.dumps({"anyOf": calls})
+        self._grammar = llguidance.LLMatcher.grammar_from_lark(f'start: "\\n" call "\\n"\ncall: %json {schema}')
         error = llguidance.LLMatcher.validate_grammar(self._grammar, self._tokenizer)
         if error:
             raise ValueError(f"the schemas of {[tool.get('name') for tool in tools]} have no grammar: {error}")

@@ -81,7 +81,8 @@ def _first_beyond(weight_RV, uniform_R):
     cumulative_RN = jnp.cumsum(block_RN, axis=-1)
     before_R = jnp.take_along_axis(cumulative_RN - block_RN, block_R[:, None], axis=-1)[:, 0]
     within_RW = jnp.take_along_axis(weight_RNW, block_R[:, None, None], axis=1)[:, 0]
-    return (block_R * BLOCK + _first(within_RW, target_R - before_R)).astype(jnp.int32)
+    index_R = block_R * BLOCK + _first(within_RW, target_R - before_R)
+    return jnp.minimum(index_R, vocab_size - 1).astype(jnp.int32)  # weights of NaN would point into the padding
 
 
 def _first(weight_RX, target_R):
