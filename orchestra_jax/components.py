@@ -84,10 +84,9 @@ def check_config(config: RunConfig) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is not one of {sorted(allowed)}")
-    for name in ("max_tokens", "max_turn_tokens") if config.engine == "jax" else ():
-        needed, there = getattr(config.episode, name), getattr(config.jax_engine, name)
-        if needed > there:
-            raise ValueError(f"episode.{name} {needed} does not fit jax_engine.{name} {there}: raise the engine's")
+    needed, there = config.episode.max_tokens, config.jax_engine.max_tokens
+    if config.engine == "jax" and needed > there:
+        raise ValueError(f"episode.max_tokens {needed} does not fit jax_engine.max_tokens {there}: raise the engine's")
     longest = MODELS[config.model].max_position
     if config.episode.max_tokens > longest:
         raise ValueError(

@@ -74,7 +74,6 @@ def test_the_parts_follow_the_config():
         ("grpo.group_size", 1, "grpo.group_size 1 must be 2 or more"),
         ("checkpoint_every", 0, "checkpoint_every 0 must be 1 or more"),
         ("episode.max_tokens", 5000, "episode.max_tokens 5000 does not fit jax_engine.max_tokens 192"),
-        ("episode.max_turn_tokens", 5000, "episode.max_turn_tokens 5000 does not fit jax_engine.max_turn_tokens"),
     ],
 )
 def test_a_mistake_in_the_config_is_one_sentence(path, value, told):

@@ -46,8 +46,8 @@ def small_config():
     config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 2, 2, 4
     config.warm_start.optimizer.learning_rate = 2e-2
     engine = config.jax_engine
-    engine.num_rows, engine.prompts_per_prefill = 16, 8
-    engine.prefill_buckets, engine.turn_buckets, engine.row_buckets, engine.slot_buckets = (), (40,), (16,), ()
+    engine.num_rows, engine.chunk_rows = 16, 8
+    engine.chunk_buckets, engine.row_buckets, engine.slot_buckets = (40,), (16,), ()
     config.grpo.num_steps, config.grpo.num_groups, config.grpo.group_size = NUM_STEPS, 2, 4
     config.grpo.groups_per_update, config.grpo.groups_per_micro_batch = 2, 2
     config.grpo.completion_buckets, config.grpo.min_group_std = (), 0.0
@@ -427,9 +427,9 @@ def test_the_whole_template_runs_too(directory, max_prompt_tokens, tmp_path, une
     config = small_config()
     config.prompt.rendering, config.prompt.tokenizer_directory = "qwen3", str(directory)
     config.episode.max_tokens = config.jax_engine.max_tokens = max_prompt_tokens + 512
-    config.episode.max_turn_tokens = config.jax_engine.max_turn_tokens = 120
-    config.jax_engine.num_rows, config.jax_engine.row_buckets, config.jax_engine.turn_buckets = 4, (4,), (256,)
-    config.jax_engine.prompts_per_prefill = 2
+    config.episode.max_turn_tokens = 120
+    config.jax_engine.num_rows, config.jax_engine.row_buckets = 4, (4,)
+    config.jax_engine.chunk_rows, config.jax_engine.chunk_buckets = 2, (256,)
     config.grpo.prompt_buckets, config.grpo.logprob_chunk = (max_prompt_tokens,), 256
     config.grpo.completion_buckets = (512,)
     config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 1, 2, 2

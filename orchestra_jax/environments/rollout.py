@@ -8,6 +8,7 @@ appended with mask 0; nothing is rendered twice and no text is tokenised again.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 
@@ -134,50 +135,87 @@ async def run_episode(
     )
 
 
+class _RunningCalls:
+    """The calls of one turn, each started the moment its closing id is born: side by side, and with the turn itself."""
+
+    def __init__(self, episode: Episode, instance, rollout_index, environment, chat, config):
+        self._toolbox, self._chat, self._config = environment.toolbox, chat, config
+        self._num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
+        self._episode, self._context = episode, ToolContext(instance, rollout_index, episode.evidence)
+        self.calls: list[ToolCall] = []
+        self._tasks: list[asyncio.Task[ToolResult]] = []
+
+    def hear(self, tokens: np.ndarray) -> None:
+        """Starts what is new in a turn that is still being written; nothing of one that went wrong already."""
+        turn = chat_format.parse_turn(self._chat, tokens)
+        if turn.is_well_formed:
+            self.start(turn.calls)
+
+    def start(self, calls: Sequence[ToolCall]) -> None:
+        """`calls` are all that the turn has so far; those of an earlier time are its first."""
+        budget = self._context.instance.budget
+        if budget.is_limited and self._context.allowance is None:  # one for all calls of the turn
+            allowance = Allowance(budget, self._episode.ledger.totals())
+            self._context = dataclasses.replace(self._context, allowance=allowance)
+        for number in range(len(self.calls), len(calls)):
+            self.calls.append(calls[number])
+            self._tasks.append(asyncio.ensure_future(self._run(calls[number], number)))
+
+    async def _run(self, call: ToolCall, number: int) -> ToolResult:
+        if number >= self._num_allowed:
+            return refused(call.name, "no more calls are allowed in this turn", Reason.TOO_MANY_CALLS)
+        call_number = len(self._episode.calls) + number
+        return await self._toolbox.call(call, dataclasses.replace(self._context, call_number=call_number))
+
+    async def results(self) -> list[ToolResult]:
+        return list(await asyncio.gather(*self._tasks))
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
 async def _run_turn(
     episode: Episode, instance, rollout_index, environment, engine, chat, config, session_id, seed
 ) -> EpisodeStatus | None:
-    """One turn and its calls; the episode's status if it ends with this turn."""
+    """One turn and its calls; the episode's status if it ends with this turn.
+
+    A call that ran while the turn went on is booked whatever becomes of the turn: it has cost what it cost.
+    """
     stop_ids = chat_format.stop_ids(chat, config.calls_per_turn)
     num_context = len(episode.stream.tokens)
     room = min(config.max_turn_tokens, config.max_tokens - num_context)
-    sampling = Sampling(config.temperature, room, stop_ids, seed)
-    completion = await engine.generate(
-        episode.stream.tokens, sampling, request_id=f"{session_id}@{num_context}", session_id=session_id
-    )
-    episode.stream.append_sampled(completion)
-    num_sampled = len(completion.tokens)
-    episode.ledger.charge(
-        make_receipt(
-            ORCHESTRATOR,
-            service_s=num_sampled / config.orchestrator_tokens_per_s,
-            input_tokens=num_context,
-            output_tokens=num_sampled,
-            input_usd_per_million_tokens=config.orchestrator_usd_per_million_tokens,
-            output_usd_per_million_tokens=config.orchestrator_usd_per_million_tokens,
-        )
-    )
+    watch_ids = frozenset({chat.end_of_call_id}) - stop_ids
+    sampling = Sampling(config.temperature, room, stop_ids, seed, watch_ids=watch_ids)
+    running = _RunningCalls(episode, instance, rollout_index, environment, chat, config)
+    try:
+        completion = await engine.generate(
+            episode.stream.tokens, sampling, request_id=f"{session_id}@{num_context}", session_id=session_id,
+            on_watched=running.hear,
+        )  # fmt: skip
+        _book_turn(episode, config, completion)
+        turn = chat_format.parse_turn(chat, completion.tokens)
+        is_readable = bool(turn.calls) and (turn.is_well_formed or config.should_correct_calls)
+        is_sound = completion.stop_reason == StopReason.STOP and is_readable
+        if is_sound:
+            running.start(turn.calls)
+        results = await running.results()
+    finally:
+        running.cancel()
+    _book_calls(episode, instance, environment, running.calls, results)
+    rest = rest_text(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else ""
+    shown = [_shown(environment, config, result, rest) for result in results]
     if completion.stop_reason == StopReason.ABORTED:
         return EpisodeStatus.TOOL_FAILURE
     if completion.stop_reason == StopReason.LENGTH:
         return EpisodeStatus.TOKEN_LIMIT
-    turn = chat_format.parse_turn(chat, completion.tokens)
-    if not (turn.calls and (turn.is_well_formed or config.should_correct_calls)):
-        episode.num_malformed += 1
-        if episode.num_malformed > config.num_corrections:
-            return EpisodeStatus.MALFORMED
-        return _show(episode, chat, config, [environment.observation(CORRECTION, SHORT_CORRECTION)])
-    num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
-    calls = [call if number < num_allowed else _one_too_many(call) for number, call in enumerate(turn.calls)]
-    allowance = Allowance(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else None
-    context = ToolContext(instance, rollout_index, episode.evidence, len(episode.calls), allowance=allowance)
-    results = await environment.toolbox.call_together(calls[:num_allowed], context)
-    results += [refused(call.name, call.error, Reason.TOO_MANY_CALLS) for call in calls[num_allowed:]]
-    return _record(episode, instance, environment, chat, config, calls, results)
-
-
-def _one_too_many(call: ToolCall) -> ToolCall:
-    return dataclasses.replace(call, error="no more calls are allowed in this turn")
+    if is_sound:
+        status = _status(episode, environment, config, results)
+        return status if status is not None else _show(episode, chat, config, shown)
+    episode.num_malformed += 1
+    if episode.num_malformed > config.num_corrections:
+        return EpisodeStatus.MALFORMED
+    return _show(episode, chat, config, [*shown, environment.observation(CORRECTION, SHORT_CORRECTION)])
 
 
 def _is_broken(result: ToolResult) -> bool:
@@ -194,10 +232,26 @@ def _shown(environment: Environment, config: RolloutConfig, result: ToolResult, 
     return "\n".join(part for part in (text, rest) if part)
 
 
-def _record(
-    episode: Episode, instance, environment, chat, config, calls: Sequence[ToolCall], results: Sequence[ToolResult]
-) -> EpisodeStatus | None:
-    """Books the results of one turn in the order of its calls, and appends what the policy is shown."""
+def _book_turn(episode: Episode, config: RolloutConfig, completion: Completion) -> None:
+    """Records what was sampled and charges it."""
+    num_context, num_sampled = len(episode.stream.tokens), len(completion.tokens)
+    episode.stream.append_sampled(completion)
+    episode.ledger.charge(
+        make_receipt(
+            ORCHESTRATOR,
+            service_s=num_sampled / config.orchestrator_tokens_per_s,
+            input_tokens=num_context,
+            output_tokens=num_sampled,
+            input_usd_per_million_tokens=config.orchestrator_usd_per_million_tokens,
+            output_usd_per_million_tokens=config.orchestrator_usd_per_million_tokens,
+        )
+    )
+
+
+def _book_calls(
+    episode: Episode, instance, environment, calls: Sequence[ToolCall], results: Sequence[ToolResult]
+) -> None:
+    """Books the results of one turn in the order of its calls."""
     for call, result in zip(calls, results, strict=True):
         episode.ledger.charge(result.receipt)
         episode.evidence = episode.evidence.joined(result.evidence)
@@ -205,14 +259,19 @@ def _record(
         episode.calls.append(CallRecord(call, result.text, result.status, is_present))
         if result.answer is not None and episode.answer is None:
             episode.answer = result.answer
+
+
+def _status(
+    episode: Episode, environment, config: RolloutConfig, results: Sequence[ToolResult]
+) -> EpisodeStatus | None:
+    """How the episode ends with the results of a sound turn, or None if it goes on."""
     if config.ends_on_tool_failure and any(map(_is_broken, results)):
         return EpisodeStatus.TOOL_FAILURE
     if episode.answer is not None:
         return EpisodeStatus.ANSWERED
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
-    rest = rest_text(instance.budget, episode.ledger.totals()) if instance.budget.is_limited else ""
-    return _show(episode, chat, config, [_shown(environment, config, result, rest) for result in results])
+    return None
 
 
 def _show(episode: Episode, chat: Chat, config: RolloutConfig, shown: Sequence[str]) -> EpisodeStatus | None:

@@ -1,15 +1,14 @@
-"""The compiled half of the embedded engine: prefill prompts into cache rows, extend rows, decode rows to their ends.
+"""The compiled half of the embedded engine: extend prefixes, copy rows, decode a few steps.
 
-All three are pure functions of (params, cache, arrays). Prompts are prefilled once and copied to every row that
-continues them; the other two take their rows out of the cache, work on these alone and put them back, so a call costs
-what its own rows and lengths cost. The number of rows, slots and tokens of a call are static: the engine keeps the set
-of compiled shapes small. No scheduling, no requests.
+All three are pure functions of (params, cache, arrays) over two kinds of cache: the store, whose rows keep prefixes,
+and the lanes, whose rows are turns that are being sampled. Rows and tokens of a call are static, how many of the rows
+are real is not: the engine keeps the set of compiled shapes small. No scheduling, no requests.
 
-A cache row holds all tokens of its session but the last one, which enters with the next decode. Rows that pad a call
-out name a cache row that nobody owns.
+Lengths are the caller's, who gives them with each call. A row holds all tokens of its turn but the last one, which
+enters with the next decode.
 
-Legend: B cache rows, R rows of one call, U different prompts, T tokens of a bucket, N new tokens at most, E stop ids,
-V vocab, L layers, K key-value heads, H head dim, D hidden, S cache slots.
+Legend: B cache rows, R rows of one call, T tokens of a bucket, N new tokens at most, E stop or watched ids, V vocab,
+L layers, K key-value heads, H head dim, D hidden, S cache slots.
 """
 
 from __future__ import annotations
@@ -17,24 +16,41 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
-from orchestra_jax.models.attention import for_products
+from orchestra_jax import sharding
+from orchestra_jax.generation.sampling import SamplingRows, sample
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.kv_cache import KVCache, write
+from orchestra_jax.models.kv_cache import KVCache, empty_cache, write
 from orchestra_jax.models.transformer import Transformer, head_weights
+
+# Where there is a mesh, each device keeps the key heads that it computes.
+CACHE_AXES = KVCache(
+    PartitionSpec("layers", None, "kv_heads", "head_dim", None),
+    PartitionSpec("layers", None, "kv_heads", None, "head_dim"),
+    PartitionSpec(None),
+)
 
 
 class Turns(NamedTuple):
-    """What each row of a decode is to generate; padding has max_new_R of 0."""
+    """What each row of a decode is to generate."""
 
-    rows_R: jax.Array  # int32: cache rows
+    lengths_R: jax.Array  # int32: slots that are filled
     last_tokens_R: jax.Array  # int32: the token that is not in the cache yet
-    max_new_R: jax.Array  # int32: tokens to sample at most
-    temperature_R: jax.Array  # float32; 0 is greedy
-    key_data_R2: jax.Array  # uint32: one key per session; the position is folded in
+    num_left_R: jax.Array  # int32: tokens to sample at most; 0 for a row without a turn
     stop_ids_RE: jax.Array  # int32: ids that end a turn, padded with -1
+    watch_ids_RE: jax.Array  # int32: ids that the caller waits for, padded with -1
+    sampling: SamplingRows
+
+
+class Limits(NamedTuple):
+    """When a decode returns although rows still run; besides, a watched id ends it at once. int32 scalars."""
+
+    num_steps: jax.Array
+    num_ended: jax.Array  # rows that ended in this call
 
 
 class Sampled(NamedTuple):
@@ -42,81 +58,110 @@ class Sampled(NamedTuple):
     logprobs_RN: jax.Array  # float32, natural, of the temperature-scaled distribution (of the logits' own if greedy)
     num_tokens_R: jax.Array  # int32
     is_stopped_R: jax.Array  # bool: ended by a stop id
+    num_steps: jax.Array  # int32: steps that ran
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def prefill(params, cache: KVCache, tokens_UT, lengths_U, prompt_of_row_B, *, config: ModelConfig) -> KVCache:
-    """Runs each prompt once and copies its keys and values to every row that continues it.
+def make_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: Mesh | None) -> KVCache:
+    """An empty cache, laid out on the mesh if there is one. ValueError if its tensor axis does not divide the heads."""
+    if mesh is None:
+        return empty_cache(config, num_rows, num_slots)
+    num_splits = mesh.shape.get("tensor", 1)
+    if config.num_kv_heads % num_splits:
+        raise ValueError(
+            f"{config.num_kv_heads} key-value heads over a tensor axis of {num_splits}: choose a divisor for the axis"
+        )
+    make = functools.partial(empty_cache, config, num_rows, num_slots)
+    return jax.jit(make, out_shardings=sharding.shardings(CACHE_AXES, mesh))()
 
-    prompt_of_row_B: the prompt of each row, or a negative number for a row that keeps what it has.
+
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"), donate_argnames="store")
+def extend(
+    params, store: KVCache, source_rows_R, rows_R, lengths_R, num_rows, tokens_RT, num_tokens_R,
+    *, config: ModelConfig, num_slots: int,
+) -> KVCache:  # fmt: skip
+    """Runs left-aligned tokens behind prefixes, the first `lengths_R` slots of `source_rows_R`; both go to `rows_R`.
+
+    num_rows: the rows that are real. num_slots: at least the longest prefix with its new tokens.
     """
-    positions_UT = jnp.broadcast_to(jnp.arange(tokens_UT.shape[1])[None, :], tokens_UT.shape)
-    segment_ids_UT = (positions_UT < lengths_U[:, None]).astype(jnp.int32)
-    _, new_keys_values = Transformer(config).apply({"params": params}, tokens_UT, positions_UT, segment_ids_UT)
-    is_fresh_B = prompt_of_row_B >= 0
-    prompt_of_row_B = jnp.maximum(prompt_of_row_B, 0)
-
-    def copy(kept, new):
-        """Arrays [L, B, K, ...] and [L, U, K, ...], the latter with fewer slots."""
-        mixed = jnp.where(is_fresh_B[None, :, None, None, None], new[:, prompt_of_row_B], _cut(kept, new.shape))
-        return jax.lax.dynamic_update_slice(kept, mixed.astype(kept.dtype), (0, 0, 0, 0, 0))
-
-    new_keys, new_values = for_products(*new_keys_values)
-    return KVCache(
-        copy(cache.keys_LCKHS, new_keys),
-        copy(cache.values_LCKSH, new_values),
-        jnp.where(is_fresh_B, lengths_U[prompt_of_row_B], cache.lengths_B),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "num_slots"), donate_argnames="cache")
-def extend(params, cache: KVCache, rows_R, tokens_RT, num_tokens_R, *, config: ModelConfig, num_slots: int) -> KVCache:
-    """Feeds left-aligned tokens that were not sampled: what a session was given since its last turn."""
     is_valid_RT = jnp.arange(tokens_RT.shape[1])[None, :] < num_tokens_R[:, None]
-    _, own = _forward(params, _take_rows(cache, rows_R, num_slots), tokens_RT, is_valid_RT, config)
-    return _put_rows(cache, rows_R, own)
+    own = _take_rows(store, source_rows_R, num_rows, num_slots)._replace(lengths_B=lengths_R)
+    _, own = _forward(params, own, tokens_RT, is_valid_RT, config)
+    return _put_rows(store, rows_R, num_rows, own)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_slots", "max_new_tokens"), donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_rows(cache: KVCache, source: KVCache, rows_R, source_rows_R, num_rows) -> KVCache:
+    """Copies the first `num_rows` of `source_rows_R` to `rows_R` of another cache: as many slots as both have."""
+    num_slots = min(cache.num_slots, source.num_slots)
+    return _put_rows(cache, rows_R, num_rows, _take_rows(source, source_rows_R, num_rows, num_slots))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="lane")
 def decode(
-    params, cache: KVCache, turns: Turns, num_left, *, config: ModelConfig, num_slots: int, max_new_tokens: int
+    params, lane: KVCache, turns: Turns, limits: Limits, is_allowed_RV=None, *, config: ModelConfig, max_steps: int
 ) -> tuple[KVCache, Sampled]:
-    """Samples until all rows but `num_left` have met a stop id or their own limit.
+    """Samples one token after the other in every row of a lane, in place, until all have ended or a limit is met."""
+    return _decode(params, lane, turns, limits, is_allowed_RV, config, max_steps)
 
-    num_left: int32 scalar. The rows left over go on in a later call with fewer rows: a turn that rambles does not keep
-    a full batch busy. num_slots: at least the longest row with what it may sample.
-    """
-    num_rows = len(turns.rows_R)
-    keys_R = jax.random.wrap_key_data(turns.key_data_R2, impl="threefry2x32")
+
+@functools.partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="lane")
+def decode_few(
+    params, lane: KVCache, rows_R, num_rows, turns: Turns, limits: Limits, is_allowed_RV=None,
+    *, config: ModelConfig, max_steps: int,
+) -> tuple[KVCache, Sampled]:  # fmt: skip
+    """`decode` of some rows of a lane, which are copied out and back: for the few that go on when most have ended."""
+    own = _take_rows(lane, rows_R, num_rows, lane.num_slots)
+    own, sampled = _decode(params, own, turns, limits, is_allowed_RV, config, max_steps)
+    return _put_rows(lane, rows_R, num_rows, own), sampled
+
+
+def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV, config, max_steps):
+    num_rows = len(turns.last_tokens_R)
+    cache = cache._replace(lengths_B=turns.lengths_R)
     head_DV = head_weights(params, config)
 
     def is_running(sampled: Sampled):
-        return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.max_new_R)
+        return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.num_left_R)
+
+    def should_go_on(carry):
+        _, _, num_ended, has_watched, sampled = carry
+        is_within = (sampled.num_steps < jnp.minimum(limits.num_steps, max_steps)) & (num_ended < limits.num_ended)
+        return is_running(sampled).any() & is_within & ~has_watched
 
     def step(carry):
-        number, own, token_R, sampled = carry
+        cache, token_R, num_ended, _, sampled = carry
         is_running_R = is_running(sampled)
-        hidden_R1D, own = _forward(params, own, token_R[:, None], is_running_R[:, None], config)
+        hidden_R1D, cache = _forward(params, cache, token_R[:, None], is_running_R[:, None], config)
         logits_RV = jnp.matmul(hidden_R1D[:, 0], head_DV.astype(hidden_R1D.dtype), preferred_element_type=jnp.float32)
-        token_R, logprob_R = _sample(logits_RV, turns.temperature_R, keys_R, own.lengths_B)
+        token_R, logprob_R = sample(logits_RV, turns.sampling, cache.lengths_B, is_allowed_RV)
         is_stop_R = (token_R[:, None] == turns.stop_ids_RE).any(axis=1)
+        is_watched_R = (token_R[:, None] == turns.watch_ids_RE).any(axis=1)
+        number = sampled.num_steps
         sampled = Sampled(
             sampled.tokens_RN.at[:, number].set(jnp.where(is_running_R, token_R, 0)),
             sampled.logprobs_RN.at[:, number].set(jnp.where(is_running_R, logprob_R, 0.0)),
             sampled.num_tokens_R + is_running_R,
             sampled.is_stopped_R | (is_running_R & is_stop_R),
+            number + 1,
         )
-        return number + 1, own, token_R, sampled
+        num_ended += (is_running_R & ~is_running(sampled)).sum(dtype=jnp.int32)
+        return cache, token_R, num_ended, (is_running_R & is_watched_R).any(), sampled
 
     sampled = Sampled(
-        jnp.zeros((num_rows, max_new_tokens), jnp.int32),
-        jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+        jnp.zeros((num_rows, max_steps), jnp.int32),
+        jnp.zeros((num_rows, max_steps), jnp.float32),
         jnp.zeros(num_rows, jnp.int32),
         jnp.zeros(num_rows, bool),
+        jnp.int32(0),
     )
-    carry = (jnp.int32(0), _take_rows(cache, turns.rows_R, num_slots), turns.last_tokens_R, sampled)
-    _, own, _, sampled = jax.lax.while_loop(lambda carry: is_running(carry[3]).sum() > num_left, step, carry)
-    return _put_rows(cache, turns.rows_R, own), sampled
+    carry = (cache, turns.last_tokens_R, jnp.int32(0), jnp.bool_(False), sampled)
+    cache, *_, sampled = jax.lax.while_loop(should_go_on, step, carry)
+    return _on_mesh(cache), sampled
+
+
+def _on_mesh(cache: KVCache) -> KVCache:
+    """Holds a cache to its layout, so that the next call finds it as it was compiled for. Nothing without a mesh."""
+    return KVCache(*map(nn.with_logical_constraint, cache, map(tuple, CACHE_AXES)))
 
 
 def _forward(params, own: KVCache, tokens_RT, is_valid_RT, config: ModelConfig):
@@ -127,27 +172,11 @@ def _forward(params, own: KVCache, tokens_RT, is_valid_RT, config: ModelConfig):
     return hidden_RTD, write(own, new_keys_values, own.lengths_B, is_valid_RT)
 
 
-def _sample(logits_RV, temperature_R, keys_R, position_R):
-    """One token per row, by the Gumbel maximum, with its log-probability."""
-    is_greedy_R = temperature_R == 0
-    scaled_RV = logits_RV / jnp.where(is_greedy_R, 1.0, temperature_R)[:, None]
+def _take_rows(cache: KVCache, rows_R, num_rows, num_slots: int) -> KVCache:
+    """A copy of the first slots of some rows, without their lengths.
 
-    def noise(key, position):
-        return jax.random.gumbel(jax.random.fold_in(key, position), logits_RV.shape[1:])
-
-    noise_RV = jnp.where(is_greedy_R[:, None], 0.0, jax.vmap(noise)(keys_R, position_R))
-    token_R = jnp.argmax(scaled_RV + noise_RV, axis=-1).astype(jnp.int32)
-    chosen_R = jnp.take_along_axis(scaled_RV, token_R[:, None], axis=-1)[:, 0]
-    return token_R, chosen_R - jax.nn.logsumexp(scaled_RV, axis=-1)
-
-
-def _cut(array, shape):
-    """The first entries of each dim but the second, as many as in `shape`."""
-    return array[: shape[0], :, : shape[2], : shape[3], : shape[4]]
-
-
-def _take_rows(cache: KVCache, rows_R, num_slots: int) -> KVCache:
-    """A copy of the first slots of some rows. Row by row: a gather of whole rows takes XLA CPU several times longer."""
+    Row by row: a gather of whole rows takes XLA CPU several times longer.
+    """
 
     def take(array, row_shape):
         def copy_row(r, taken):
@@ -155,29 +184,26 @@ def _take_rows(cache: KVCache, rows_R, num_slots: int) -> KVCache:
             return jax.lax.dynamic_update_slice(taken, row, (0, r, 0, 0, 0))
 
         empty = jnp.zeros((row_shape[0], len(rows_R), *row_shape[2:]), array.dtype)
-        return jax.lax.fori_loop(0, len(rows_R), copy_row, empty)
+        return jax.lax.fori_loop(0, num_rows, copy_row, empty)
 
     num_layers, _, num_kv_heads, head_dim, _ = cache.keys_LCKHS.shape
     rows = (num_layers, 1, num_kv_heads)
     return KVCache(
         take(cache.keys_LCKHS, (*rows, head_dim, num_slots)),
         take(cache.values_LCKSH, (*rows, num_slots, head_dim)),
-        cache.lengths_B[rows_R],
+        jnp.zeros(len(rows_R), jnp.int32),
     )
 
 
-def _put_rows(cache: KVCache, rows_R, own: KVCache) -> KVCache:
-    """Writes rows of `_take_rows` back to where they came from."""
+def _put_rows(cache: KVCache, rows_R, num_rows, own: KVCache) -> KVCache:
+    """Writes rows of `_take_rows` to `rows_R`."""
 
     def put(array, own_array):
         def copy_row(r, array):
             row = jax.lax.dynamic_slice_in_dim(own_array, r, 1, axis=1)
             return jax.lax.dynamic_update_slice(array, row, (0, rows_R[r], 0, 0, 0))
 
-        return jax.lax.fori_loop(0, len(rows_R), copy_row, array)
+        return jax.lax.fori_loop(0, num_rows, copy_row, array)
 
-    return KVCache(
-        put(cache.keys_LCKHS, own.keys_LCKHS),
-        put(cache.values_LCKSH, own.values_LCKSH),
-        cache.lengths_B.at[rows_R].set(own.lengths_B),
-    )
+    keys, values = put(cache.keys_LCKHS, own.keys_LCKHS), put(cache.values_LCKSH, own.values_LCKSH)
+    return _on_mesh(KVCache(keys, values, cache.lengths_B))

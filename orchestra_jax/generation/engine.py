@@ -6,22 +6,69 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from orchestra_jax.types import StopReason
 
+# Called in the event loop of `generate` with all tokens that the turn has so far, the watched id last.
+OnWatched = Callable[[np.ndarray], None]
+
+
+class Constraint(Protocol):
+    """What a turn may go on with (constraint.py)."""
+
+    def allowed_tokens(self, sampled: Sequence[int]) -> np.ndarray | None:
+        """bool [V] given the turn's tokens so far, or None if everything is allowed."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` divides the logits; 0 is greedy, whose log-probabilities are never trained on."""
+    """How to sample. `temperature` divides the logits; 0 is greedy, whose log-probabilities are never trained on.
+
+    `top_k`, `top_p` and `min_p` cut the temperature-scaled distribution in this order, a `constraint` before them; what
+    is sampled under any of the four is off-policy. A stop sequence is of token ids and part of the completion, as a
+    stop id is. `watch_ids` end nothing: `on_watched` of `generate` hears of each the moment it is born.
+    """
 
     temperature: float
     max_new_tokens: int
     stop_ids: frozenset[int]
     seed: int
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    watch_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """ValueError for a value out of its range, and for options that contradict each other."""
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {sampling.max_new_tokens} must be 1 or more")
+    if not 0 <= sampling.temperature < math.inf:
+        raise ValueError(f"temperature {sampling.temperature} must be 0 (greedy) or more, and finite")
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p < 1:
+        raise ValueError(
+            f"top_k {sampling.top_k} must be 0 (all) or more, top_p {sampling.top_p} in (0, 1] and min_p "
+            f"{sampling.min_p} in [0, 1)"
+        )
+    if sampling.temperature == 0 and sampling.is_truncated:
+        raise ValueError(
+            f"temperature 0 is greedy and takes no top_k {sampling.top_k}, top_p {sampling.top_p} or min_p "
+            f"{sampling.min_p}: leave them out or raise the temperature"
+        )
+    if not all(sampling.stop_sequences):
+        raise ValueError(f"stop_sequences {sampling.stop_sequences} hold an empty one, which would stop at once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +91,7 @@ class Engine(Protocol):
         request_id: str,
         session_id: str,
         deadline_s: float | None = None,
+        on_watched: OnWatched | None = None,
     ) -> Completion:
         """Samples behind `prompt_tokens`, the whole stream so far; `deadline_s` counts from the call.
 

@@ -1,117 +1,78 @@
 """The embedded engine: generates in process with the trainer's own model. The default; needs no server.
 
-Requests that arrive together are one batch. Its turns are decoded in chunks of a fixed number of rows, neighbours in
-length together; the few that a chunk leaves over go on in a smaller one. Then the episodes run their tools and come
-back. Each session owns a row of the KV cache while there are rows enough, so a next turn feeds only its new tokens, and
-the rollouts of one prompt share its prefill. It is no continuous batching: a batch waits for its longest turn.
+Continuous batching in rounds. A request waits until its prefix is in the store: what the store has of it is found by
+session or by content, the rest is prefilled in chunks, ahead of need and many requests at a time, so the rollouts of
+one prompt share its prefill. Then it takes a free row of the lane that its own length asks for; each round samples a
+few tokens in every lane (lanes.py). A turn that ends leaves its row at once and its prefix in the store.
+
+All shapes are fixed by the config. Which of them a request meets depends on its own lengths alone if `row_buckets` has
+one entry: its numbers are then the same to the last bit whatever else the engine does. Smaller row buckets save
+arithmetic when few requests are there, and cost that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from orchestra_jax.generation.decoding import Turns, decode, extend, prefill
-from orchestra_jax.generation.engine import Completion, Sampling
+from orchestra_jax.generation.decoding import copy_rows, extend, make_cache
+from orchestra_jax.generation.engine import Completion, OnWatched, Sampling, check_sampling
+from orchestra_jax.generation.lanes import MAX_STOP_IDS, MAX_WATCH_IDS, Counters, Lane, Turn
+from orchestra_jax.generation.prefix_store import PrefixStore
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.kv_cache import empty_cache
-from orchestra_jax.types import StopReason
+from orchestra_jax.sharding import mesh_context
 
-QUIET_TICKS = 8  # turns of the event loop without a new request before a batch is closed
-MAX_STOP_IDS = 8  # of one request: a dim of a compiled shape
+QUIET_TICKS = 8  # turns of the event loop without a new request before a round begins
 
 
 @dataclasses.dataclass
 class JaxEngineConfig:
-    """Sizes of the engine. The buckets are padded sizes, rising; each that is met compiles once.
+    """Sizes of the engine. The buckets are padded sizes, rising; each combination that is met compiles once.
 
-    A chunk of a decode has `row_buckets` rows. It reads the first `slot_buckets` slots of them, or all `max_tokens`.
+    A lane has the last of `row_buckets` rows; its few last turns are sampled in as many as the first. There is a lane
+    for each of `slot_buckets`, and one for `max_tokens`.
     """
 
-    num_rows: int = 256  # sessions that keep their cache
+    num_rows: int = 256  # prefixes that are kept, of sessions between two turns
     max_tokens: int = 192  # of a session, the new ones included
-    max_turn_tokens: int = 32
-    prompts_per_prefill: int = 16
-    prefill_buckets: tuple[int, ...] = (48, 88)
-    turn_buckets: tuple[int, ...] = (20, 40)  # tokens that a session was given since its last turn
     row_buckets: tuple[int, ...] = (16, 64)
     slot_buckets: tuple[int, ...] = (80, 112)
-
-
-@dataclasses.dataclass
-class _Request:
-    tokens: np.ndarray
-    sampling: Sampling
-    request_id: str
-    session_id: str
-    deadline: float  # by time.monotonic()
-    future: asyncio.Future
-
-
-@dataclasses.dataclass
-class _Row:
-    """A cache row: whose it is, and which tokens it holds."""
-
-    session_id: str = ""
-    tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    last_used: int = 0
-
-
-@dataclasses.dataclass
-class _Turn:
-    """A request on its cache row, with what has been sampled so far."""
-
-    request: _Request
-    row: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    is_stopped: bool = False
-
-    @property
-    def num_left(self) -> int:
-        return 0 if self.is_stopped else self.request.sampling.max_new_tokens - len(self.tokens)
-
-    @property
-    def num_cached(self) -> int:
-        return len(self.request.tokens) + len(self.tokens) - 1
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that the turn may come to fill."""
-        return self.num_cached + self.num_left
-
-    def completion(self, version: int) -> Completion:
-        reason = StopReason.STOP if self.is_stopped else StopReason.LENGTH
-        versions = np.full(len(self.tokens), version, np.int32)
-        return Completion(np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), versions, reason)
+    chunk_rows: int = 16  # prefixes that a prefill extends at a time
+    chunk_buckets: tuple[int, ...] = (20, 48, 88)  # tokens by which it extends them
+    steps_per_dispatch: int = 16
 
 
 class JaxEngine:
-    """An `Engine` (engine.py).
+    """An `Engine` (engine.py). `counters` says what it did.
 
-    `num_sampled_tokens` and `busy_s` count what it sampled and the time its batches took.
+    On a `mesh` the caller lays the parameters out (sharding.RULES); the engine splits its caches by key-value heads
+    over the `tensor` axis, and repeats them over the others.
     """
 
-    def __init__(self, model_config: ModelConfig, params, config: JaxEngineConfig, version: int = 0):
+    def __init__(
+        self, model_config: ModelConfig, params, config: JaxEngineConfig, version: int = 0, mesh: Mesh | None = None
+    ):
+        _check_config(config)
+        self._mesh = mesh
         self._model_config, self._params, self._config, self._version = model_config, params, config, version
-        self._prefill_buckets = _buckets(config.prefill_buckets, config.max_tokens)
         self._slot_buckets = _buckets(config.slot_buckets, config.max_tokens)
-        self._row_buckets = _buckets(config.row_buckets, min(config.num_rows, max(config.row_buckets)))
-        self._forget_rows()
-        self._pending: dict[str, _Request] = {}  # by session: one request of each at a time
-        self._in_flight: list[_Request] = []
+        self._store = PrefixStore(config.num_rows, config.max_tokens, wait_tokens=config.chunk_buckets[-1])
+        self._make_caches()
+        self._turns: dict[str, Turn] = {}  # by session: one request of each at a time
+        # The three stages of a turn before its lane: no row of the store yet, prefix to be computed, prefix there.
+        self._waiting: list[Turn] = []
+        self._filling: list[Turn] = []
+        self._ready: list[Turn] = []
         self._worker: asyncio.Task | None = None
-        self._device_lock = threading.Lock()  # one batch or change of weights at a time, whatever loop asks for it
-        self._batch_count = 0
-        self.num_sampled_tokens = 0
-        self.busy_s = 0.0
+        self._device_lock = threading.Lock()  # one round or change of weights at a time, whatever loop asks for it
+        self.counters = Counters()
 
     async def generate(
         self,
@@ -121,50 +82,66 @@ class JaxEngine:
         request_id: str,
         session_id: str,
         deadline_s: float | None = None,
+        on_watched: OnWatched | None = None,
     ) -> Completion:
-        """As the Protocol says. A deadline or an abort takes effect between batches.
+        """As the Protocol says. A deadline or an abort takes effect between rounds.
 
-        ValueError for a request that fits no size of the engine, or a second one of a session while the first waits.
+        ValueError for a request that the engine's sizes do not hold, token ids outside the vocabulary, settings that
+        make no sense, or a second request of a session while the first waits.
         """
         self._check(prompt_tokens, sampling, request_id, session_id)
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + deadline_s if deadline_s is not None else float("inf")
-        tokens = np.asarray(prompt_tokens, np.int32)
-        request = _Request(tokens, sampling, request_id, session_id, deadline, loop.create_future())
-        self._pending[session_id] = request
+        turn = Turn(prompt_tokens, sampling, request_id, session_id)
+        turn.future, turn.on_watched = loop.create_future(), on_watched
+        turn.lane = self._slot_buckets.index(_bucket(self._slot_buckets, turn.num_slots))
+        if deadline_s is not None:
+            turn.deadline = time.monotonic() + deadline_s
+        self._turns[session_id] = turn
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
             self._worker.add_done_callback(self._after_work)
-        return await request.future
+        return await turn.future
 
     def _check(self, prompt_tokens: Sequence[int], sampling: Sampling, request_id: str, session_id: str) -> None:
-        config = self._config
         num_prompt, num_new = len(prompt_tokens), sampling.max_new_tokens
-        if not (0 < num_prompt and 0 < num_new <= config.max_turn_tokens and num_prompt + num_new <= config.max_tokens):
+        try:
+            check_sampling(sampling)
+        except ValueError as error:
+            raise ValueError(f"request {request_id}: {error}") from error
+        if not num_prompt or num_prompt + num_new > self._config.max_tokens:
             raise ValueError(
                 f"request {request_id}: {num_prompt} prompt tokens and {num_new} new ones do not fit max_tokens "
-                f"{config.max_tokens} and max_turn_tokens {config.max_turn_tokens} of the engine, or are none"
+                f"{self._config.max_tokens} of the engine, or there is no prompt"
             )
-        if sampling.temperature < 0 or len(sampling.stop_ids) > MAX_STOP_IDS:
+        least, most, vocab_size = min(prompt_tokens), max(prompt_tokens), self._model_config.vocab_size
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"request {request_id}: token ids {least} to {most} are not all in [0, {vocab_size})")
+        if len(sampling.stop_ids) > MAX_STOP_IDS or len(sampling.watch_ids) > MAX_WATCH_IDS:
             raise ValueError(
-                f"request {request_id}: temperature {sampling.temperature} must not be negative, and stop_ids "
-                f"{sorted(sampling.stop_ids)} must be {MAX_STOP_IDS} at most"
+                f"request {request_id}: stop_ids {sorted(sampling.stop_ids)} and watch_ids "
+                f"{sorted(sampling.watch_ids)} must be {MAX_STOP_IDS} and {MAX_WATCH_IDS} at most"
             )
-        if session_id in self._pending and not self._pending[session_id].future.done():
+        if session_id in self._turns and not self._turns[session_id].future.done():
             raise ValueError(f"request {request_id}: session {session_id} has a request waiting: await it first")
 
     async def abort(self, request_id: str) -> None:
-        for request in self._pending.values():
-            if request.request_id == request_id:
-                request.deadline = float("-inf")
+        for turn in self._turns.values():
+            if turn.request_id == request_id:
+                turn.is_aborted = True
 
     async def update_weights(self, params, version: int) -> None:
-        """Later batches use `params`; what was cached under the old ones is forgotten."""
+        """Later tokens are sampled by `params`; what was cached under the old ones is forgotten.
+
+        Turns under way go on: their tokens so far are prefilled anew, and each token keeps the version it came from.
+        """
 
         def update():
             with self._device_lock:
                 self._params, self._version = params, version
-                self._rows = [_Row() for _ in self._rows]
+                under_way = [lane.leave(row) for lane in self._lanes for row in list(lane.turns)]
+                self._waiting = [*under_way, *self._ready, *self._filling, *self._waiting]
+                self._ready, self._filling = [], []
+                self._store.forget()
 
         await asyncio.to_thread(update)
 
@@ -172,205 +149,224 @@ class JaxEngine:
         """Cancels every `generate` that waits."""
         if self._worker is not None:
             self._worker.cancel()
-        for request in self._take_requests():
-            request.future.cancel()
+        for turn in self._take_turns():
+            turn.future.cancel()
 
     async def _work(self) -> None:
-        """Closes a batch when no request has come for a few ticks and runs it off the event loop."""
-        while self._pending:
-            quiet, seen = 0, len(self._pending)
-            while quiet < QUIET_TICKS and len(self._pending) < self._config.num_rows:
+        """One round after the other off the event loop, as long as anybody waits."""
+        loop = asyncio.get_running_loop()
+        while self._turns:
+            quiet, seen = 0, len(self._turns)
+            while quiet < QUIET_TICKS:
                 await asyncio.sleep(0)
-                quiet, seen = (0, len(self._pending)) if len(self._pending) != seen else (quiet + 1, seen)
-            batch = self._close_batch()
-            completions = await asyncio.to_thread(self._run_batch, batch) if batch else []
-            for request, completion in zip(batch, completions, strict=True):
-                if not request.future.done():
-                    request.future.set_result(completion)
-            self._in_flight = []
+                quiet, seen = (0, len(self._turns)) if len(self._turns) != seen else (quiet + 1, seen)
+            arrived = [turn for turn in self._turns.values() if not turn.is_queued]
+            for turn in arrived:
+                turn.is_queued = True
 
-    def _close_batch(self) -> list[_Request]:
-        """Takes the requests that came first and still wait, as many as there are rows."""
-        now = time.monotonic()
-        for request in self._pending.values():
-            if request.deadline <= now and not request.future.done():
-                request.future.set_result(_aborted())
-        waiting = [request for request in self._pending.values() if not request.future.done()]
-        self._in_flight, rest = waiting[: self._config.num_rows], waiting[self._config.num_rows :]
-        self._pending = {request.session_id: request for request in rest}
-        return self._in_flight
+            def tell(function: Callable, turns: list[Turn]) -> None:
+                loop.call_soon_threadsafe(lambda: [function(turn) for turn in turns])
+
+            await asyncio.to_thread(self._run_round, arrived, tell)
+
+    def _finish(self, turn: Turn) -> None:
+        if self._turns.get(turn.session_id) is turn:
+            del self._turns[turn.session_id]
+        if not turn.future.done():
+            turn.future.set_result(turn.completion())
 
     def _after_work(self, worker: asyncio.Task) -> None:
         """Whoever waits hears of a worker's failure, or the episodes would hang."""
         if not worker.cancelled() and worker.exception() is None:
             return
-        for request in self._take_requests():
+        for turn in self._take_turns():
             if worker.cancelled():
-                request.future.cancel()
-            elif not request.future.done():
-                request.future.set_exception(worker.exception())
+                turn.future.cancel()
+            elif not turn.future.done():
+                turn.future.set_exception(worker.exception())
 
-    def _take_requests(self) -> list[_Request]:
-        requests = [*self._in_flight, *self._pending.values()]
-        self._in_flight, self._pending = [], {}
-        return requests
+    def _take_turns(self) -> list[Turn]:
+        turns, self._turns = list(self._turns.values()), {}
+        return turns
 
-    def _forget_rows(self) -> None:
-        # One row more than are given out: whatever pads a call is read from it and written to it.
-        self._cache = empty_cache(self._model_config, self._config.num_rows + 1, self._config.max_tokens)
-        self._rows = [_Row() for _ in range(self._config.num_rows)]
+    def _make_caches(self) -> None:
+        """Empty caches, and nobody in them."""
+        config = self._config
+        self._store.forget()
+        self._store_cache = make_cache(self._model_config, config.num_rows, config.max_tokens, self._mesh)
+        few_rows = config.row_buckets[0] if len(config.row_buckets) > 1 else 0
+        self._lanes = [
+            Lane(self._model_config, config.row_buckets[-1], num_slots, few_rows, self._mesh)
+            for num_slots in self._slot_buckets
+        ]
 
-    def _run_batch(self, batch: Sequence[_Request]) -> list[Completion]:
+    def _run_round(self, arrived: Sequence[Turn], tell: Callable) -> None:
+        """Fills, joins, samples a few tokens in each lane. `tell(function, turns)`: call it in the event loop."""
         with self._device_lock:
-            if self._cache.keys_LCKHS.is_deleted():  # donated to a call that failed
-                self._forget_rows()
-            start_s = time.monotonic()
-            self._batch_count += 1
-            turns = [_Turn(request, row) for request, row in zip(batch, self._assign_rows(batch), strict=True)]
-            self._fill_rows(turns)
-            running = turns
-            while running:
-                for chunk in _chunks(running, self._row_buckets[-1]):
-                    self._decode(chunk)
-                running = [turn for turn in running if turn.num_left]
-            for turn in turns:
-                # All but the last sampled token have gone through the model.
-                tokens = np.concatenate([turn.request.tokens, turn.tokens[:-1]]).astype(np.int32)
-                self._rows[turn.row] = _Row(turn.request.session_id, tokens, self._batch_count)
-            self.num_sampled_tokens += sum(len(turn.tokens) for turn in turns)
-            self.busy_s += time.monotonic() - start_s
-            return [turn.completion(self._version) for turn in turns]
+            start_s, is_done = time.monotonic(), False
+            self._waiting.extend(arrived)
+            try:
+                with contextlib.nullcontext() if self._mesh is None else mesh_context(self._mesh):
+                    self._sweep(tell)
+                    self._match()
+                    self._fill()
+                    self._join()
+                    for lane in self._lanes:
+                        if lane.turns:
+                            self._dispatch(lane, tell)
+                is_done = True
+            finally:
+                if not is_done:  # donated caches may be gone, and rows half filled are not to be believed
+                    self._waiting, self._filling, self._ready = [], [], []
+                    self._make_caches()
+                self.counters.busy_s += time.monotonic() - start_s
 
-    def _assign_rows(self, batch: Sequence[_Request]) -> list[int]:
-        """A row per request: the session's own, else the one used longest ago that no request of this batch owns."""
-        owned = {row.session_id: index for index, row in enumerate(self._rows) if row.session_id}
-        taken = {owned[request.session_id] for request in batch if request.session_id in owned}
-        free_rows = [index for index in range(len(self._rows)) if index not in taken]
-        free = iter(sorted(free_rows, key=lambda index: self._rows[index].last_used))
-        rows = []
-        for request in batch:
-            row = owned.get(request.session_id)
-            rows.append(next(free) if row is None else row)
-        assert len(set(rows)) == len(rows), "two requests of one session are in one batch"
-        return rows
+    def _sweep(self, tell: Callable) -> None:
+        """Turns that were aborted, are too late or that nobody awaits any more end, wherever they are."""
+        self._waiting, gone = _split_unwanted(self._waiting)
+        self._ready, unwanted = _split_unwanted(self._ready)
+        for turn in unwanted:
+            self._unpin(turn)
+        gone += unwanted
+        # Others may wait for the prefix of one that is being filled: it is told now and filled to its end.
+        gone += [turn for turn in self._filling if turn.is_unwanted]
+        for lane in self._lanes:
+            gone += [lane.leave(row) for row, turn in list(lane.turns.items()) if turn.is_unwanted]
+        if gone:
+            tell(self._finish, gone)
 
-    def _fill_rows(self, turns: Sequence[_Turn]) -> None:
-        """Brings each row to all but its request's last token: known sessions by what is new, others by prefill."""
-        fresh, extended = [], []
-        for turn in turns:
-            held = self._rows[turn.row]
-            # Until the batch is done the row is nobody's: should the batch fail, nothing half filled is believed.
-            self._rows[turn.row] = _Row()
-            num_given = turn.num_cached - len(held.tokens)
-            is_known = (
-                held.session_id == turn.request.session_id
-                and 0 <= num_given <= self._config.turn_buckets[-1]
-                and np.array_equal(held.tokens, turn.request.tokens[: len(held.tokens)])
-            )
-            if not is_known:
-                fresh.append(turn)
-            elif num_given:
-                extended.append((turn, num_given))
-        self._prefill([turn for turn in fresh if turn.num_cached])
-        extended.sort(key=lambda turn_given: turn_given[1])
-        for start in range(0, len(extended), self._row_buckets[-1]):
-            self._extend(extended[start : start + self._row_buckets[-1]])
+    def _match(self) -> None:
+        """Finds waiting turns rows of the store, for as many ahead of their turn as the lanes have rows.
 
-    def _prefill(self, turns: Sequence[_Turn]) -> None:
-        """Runs each different prompt once."""
-        rows_of_prompt: dict[bytes, list[int]] = {}
-        for turn in turns:
-            rows_of_prompt.setdefault(turn.request.tokens[:-1].tobytes(), []).append(turn.row)
-        groups, size = sorted(rows_of_prompt.items(), key=lambda item: len(item[0])), self._config.prompts_per_prefill
-        for start in range(0, len(groups), size):
-            prompts = [np.frombuffer(prompt, np.int32) for prompt, _ in groups[start : start + size]]
-            tokens_UT = np.zeros((size, _bucket(self._prefill_buckets, len(prompts[-1]))), np.int32)
-            lengths_U = np.zeros(size, np.int32)
-            prompt_of_row_B = np.full(self._config.num_rows + 1, -1, np.int32)
-            for number, (prompt, (_, rows)) in enumerate(zip(prompts, groups[start : start + size], strict=True)):
-                tokens_UT[number, : len(prompt)] = prompt
-                lengths_U[number] = len(prompt)
-                prompt_of_row_B[rows] = number
-            self._cache = prefill(
-                self._params, self._cache, tokens_UT, lengths_U, prompt_of_row_B, config=self._model_config
-            )
+        Sessions that come back go first: they hold a row that a new one would take from them.
+        """
+        num_wanted = sum(lane.num_rows for lane in self._lanes) - len(self._filling) - len(self._ready)
+        candidates = sorted(self._waiting, key=lambda turn: not self._store.has(turn.session_id))
+        blocked, rest = [], candidates[max(num_wanted, 0) :]
+        for turn in candidates[: max(num_wanted, 0)]:
+            turn.match = self._store.match(turn.session_id, turn.prefix) if turn.length > 1 else None
+            if turn.match is None and turn.length > 1:
+                blocked.append(turn)
+            else:
+                (self._ready if self._is_filled(turn) else self._filling).append(turn)
+        self._waiting = blocked + rest
 
-    def _extend(self, turns_given: Sequence[tuple[_Turn, int]]) -> None:
-        """Feeds (turn, number of tokens given) what lies between the tokens that its row holds and the last one."""
-        size = self._row_buckets[-1]
-        width = _bucket(self._config.turn_buckets, max(num_given for _, num_given in turns_given))
-        rows_R = np.full(size, self._config.num_rows, np.int32)
-        tokens_RT, num_tokens_R = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-        lengths_B = np.zeros(self._config.num_rows + 1, np.int32)
-        for r, (turn, num_given) in enumerate(turns_given):
-            rows_R[r], num_tokens_R[r] = turn.row, num_given
-            tokens_RT[r, :num_given] = turn.request.tokens[-1 - num_given : -1]
-            lengths_B[turn.row] = turn.num_cached - num_given
-        self._cache = extend(
-            self._params, self._cache._replace(lengths_B=lengths_B), rows_R, tokens_RT, num_tokens_R,
-            config=self._model_config, num_slots=self._config.max_tokens,
+    def _is_filled(self, turn: Turn) -> bool:
+        return turn.length == 1 or self._store.num_filled_B[turn.match.row] >= turn.length - 1
+
+    def _fill(self) -> None:
+        """Prefills one chunk of each prefix: full batches at once, others only if a lane would go short."""
+        free = [lane.num_free for lane in self._lanes]
+        for turn in self._ready:
+            free[turn.lane] -= 1
+        groups: dict[tuple[int, int], list[tuple[Turn, int, int]]] = {}
+        for turn in self._filling:
+            num_wanted = turn.length - 1
+            if turn.match.num_matched < num_wanted:  # else another turn fills the row
+                start = max(turn.match.num_matched, int(self._store.num_filled_B[turn.match.row]))
+                num_given = min(num_wanted - start, self._config.chunk_buckets[-1])
+                shape = _bucket(self._config.chunk_buckets, num_given), _bucket(self._slot_buckets, start + num_given)
+                groups.setdefault(shape, []).append((turn, start, num_given))
+        for shape, chunks in groups.items():
+            for begin in range(0, len(chunks), self._config.chunk_rows):
+                batch = chunks[begin : begin + self._config.chunk_rows]
+                is_short = any(free[turn.lane] > 0 for turn, _, _ in batch)
+                if is_short or len(batch) == self._config.chunk_rows:
+                    self._extend(batch, *shape)
+        self._ready += [turn for turn in self._filling if self._is_filled(turn)]
+        self._filling = [turn for turn in self._filling if not self._is_filled(turn)]
+
+    def _extend(self, batch: Sequence[tuple[Turn, int, int]], width: int, num_slots: int) -> None:
+        """Computes tokens [start, start + num_given) of each turn's prefix; all shapes are given."""
+        size, filled_B = self._config.chunk_rows, self._store.num_filled_B
+        source_rows_R, rows_R = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        lengths_R, num_tokens_R = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        tokens_RT = np.zeros((size, width), np.int32)
+        for r, (turn, start, num_given) in enumerate(batch):
+            row = turn.match.row
+            source_rows_R[r] = row if filled_B[row] == start else turn.match.source_row
+            rows_R[r], lengths_R[r], num_tokens_R[r] = row, start, num_given
+            tokens_RT[r, :num_given] = turn.stream[start : start + num_given]
+        self._store_cache = extend(
+            self._params, self._store_cache, source_rows_R, rows_R, lengths_R, np.int32(len(batch)), tokens_RT,
+            num_tokens_R, config=self._model_config, num_slots=num_slots,
         )  # fmt: skip
+        for turn, start, num_given in batch:
+            filled_B[turn.match.row] = start + num_given
 
-    def _decode(self, chunk: Sequence[_Turn]) -> None:
-        """Samples until few rows of the chunk go on, or none if the chunk is one of few rows itself."""
-        few = self._row_buckets[0]
-        is_small = len(chunk) <= few
-        size = _bucket(self._row_buckets, len(chunk))
-        turns = Turns(
-            np.full(size, self._config.num_rows, np.int32),
-            np.zeros(size, np.int32),
-            np.zeros(size, np.int32),
-            np.ones(size, np.float32),
-            np.zeros((size, 2), np.uint32),
-            np.full((size, MAX_STOP_IDS), -1, np.int32),
+    def _join(self) -> None:
+        """Puts turns whose prefix is there into free rows of their lanes, in the order in which they came."""
+        still_ready, copies = [], {}
+        for turn in self._ready:
+            lane = self._lanes[turn.lane]
+            if not lane.num_free:
+                still_ready.append(turn)
+                continue
+            row = lane.join(turn)
+            if turn.match is not None:
+                copies.setdefault(lane, []).append((row, turn.match.row))
+                self._unpin(turn)
+        self._ready = still_ready
+        for lane, pairs in copies.items():
+            lane.cache = copy_rows(lane.cache, self._store_cache, *_padded_pairs(pairs, lane.num_rows))
+
+    def _dispatch(self, lane: Lane, tell: Callable) -> None:
+        """Samples a few tokens in a lane; those that end leave it, and their prefixes go to the store."""
+        number = self._lanes.index(lane)
+        stages = (self._waiting, self._filling, self._ready)
+        num_waiting = sum(turn.lane == number for stage in stages for turn in stage)
+        watched = lane.dispatch(
+            self._params, self._config.steps_per_dispatch, num_waiting, self._version, self.counters
         )
-        lengths_B = np.zeros(self._config.num_rows + 1, np.int32)
-        for r, turn in enumerate(chunk):
-            request = turn.request
-            turns.rows_R[r] = turn.row
-            turns.last_tokens_R[r] = turn.tokens[-1] if turn.tokens else request.tokens[-1]
-            turns.max_new_R[r] = turn.num_left
-            turns.temperature_R[r] = request.sampling.temperature
-            turns.key_data_R2[r] = _key_data(request)
-            turns.stop_ids_RE[r, : len(request.sampling.stop_ids)] = sorted(request.sampling.stop_ids)
-            lengths_B[turn.row] = turn.num_cached
-        # Few rows take little time at any length: not worth a compilation of their own.
-        num_slots = self._config.max_tokens if is_small else _bucket(self._slot_buckets, chunk[-1].num_slots)
-        num_left = np.int32(0 if is_small else max(few // 4, 1))
-        self._cache, sampled = decode(
-            self._params, self._cache._replace(lengths_B=lengths_B), turns, num_left,
-            config=self._model_config, num_slots=num_slots, max_new_tokens=self._config.max_turn_tokens,
-        )  # fmt: skip
-        sampled = jax.device_get(sampled)
-        for r, turn in enumerate(chunk):
-            num_tokens = int(sampled.num_tokens_R[r])
-            turn.tokens.extend(sampled.tokens_RN[r, :num_tokens].tolist())
-            turn.logprobs.extend(sampled.logprobs_RN[r, :num_tokens].tolist())
-            turn.is_stopped = bool(sampled.is_stopped_R[r])
+        if watched:
+            tell(lambda turn: turn.on_watched(turn.stream[turn.num_prompt : turn.length].copy()), watched)
+        ended, pairs = [], []
+        for row in [row for row, turn in lane.turns.items() if turn.is_over]:
+            turn = lane.leave(row)
+            ended.append(turn)
+            store_row = self._store.keep(turn.session_id, turn.prefix)
+            if store_row is not None:
+                pairs.append((store_row, row))
+        if pairs:
+            self._store_cache = copy_rows(self._store_cache, lane.cache, *_padded_pairs(pairs, lane.num_rows))
+        if ended:
+            tell(self._finish, ended)
+
+    def _unpin(self, turn: Turn) -> None:
+        if turn.match is not None:
+            self._store.unpin(turn.match.source_row, turn.match.row)
+            turn.match = None
+
+
+def _check_config(config: JaxEngineConfig) -> None:
+    for name in ("row_buckets", "slot_buckets", "chunk_buckets"):
+        sizes = getattr(config, name)
+        if list(sizes) != sorted(set(sizes)) or min(sizes, default=1) < 1 or (name != "slot_buckets" and not sizes):
+            raise ValueError(f"jax_engine.{name} {sizes} must be rising sizes of 1 or more")
+    for name in ("num_rows", "max_tokens", "chunk_rows", "steps_per_dispatch"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"jax_engine.{name} {getattr(config, name)} must be 1 or more")
 
 
 def _buckets(sizes: Sequence[int], largest: int) -> tuple[int, ...]:
     """The sizes below the largest, and that one."""
-    return (*sorted(size for size in sizes if size < largest), largest)
+    return (*(size for size in sizes if size < largest), largest)
 
 
 def _bucket(buckets: Sequence[int], size: int) -> int:
     return next(bucket for bucket in buckets if bucket >= size)
 
 
-def _chunks(turns: Sequence[_Turn], size: int) -> Iterator[Sequence[_Turn]]:
-    """At most `size` turns at a time, neighbours in length together."""
-    ordered = sorted(turns, key=lambda turn: turn.num_slots)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+def _split_unwanted(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """(those that go on, those that do not): asked once each, for a deadline may pass at any time."""
+    wanted, unwanted = [], []
+    for turn in turns:
+        (unwanted if turn.is_unwanted else wanted).append(turn)
+    return wanted, unwanted
 
 
-def _key_data(request: _Request) -> np.ndarray:
-    """The request's own key: its samples depend on seed, session and position, not on what else is in the batch."""
-    digest = hashlib.blake2b(f"{request.sampling.seed}\x1f{request.session_id}".encode(), digest_size=8).digest()
-    return np.frombuffer(digest, np.uint32)
-
-
-def _aborted() -> Completion:
-    empty = np.zeros(0, np.int32)
-    return Completion(empty, np.zeros(0, np.float32), empty, StopReason.ABORTED)
+def _padded_pairs(pairs: Sequence[tuple[int, int]], size: int) -> tuple[np.ndarray, np.ndarray, np.int32]:
+    """(rows, source rows, number of real ones), as decoding.copy_rows takes them."""
+    padded_R2 = np.zeros((size, 2), np.int32)
+    padded_R2[: len(pairs)] = pairs
+    return padded_R2[:, 0].copy(), padded_R2[:, 1].copy(), np.int32(len(pairs))

@@ -6,11 +6,12 @@ log-probability 0 and the version that the engine was given.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from orchestra_jax.generation.engine import Completion, Sampling
+from orchestra_jax.generation.engine import Completion, OnWatched, Sampling
 from orchestra_jax.types import StopReason
 
 
@@ -32,6 +33,7 @@ class ScriptedEngine:
         request_id: str,
         session_id: str,
         deadline_s: float | None = None,
+        on_watched: OnWatched | None = None,
     ) -> Completion:
         del request_id, deadline_s
         turn = self._num_turns.get(session_id, 0)
@@ -41,6 +43,9 @@ class ScriptedEngine:
         is_stopped = end is not None and end <= sampling.max_new_tokens
         tokens = np.array(tokens[: end if is_stopped else sampling.max_new_tokens], np.int32)
         reason = StopReason.STOP if is_stopped else StopReason.LENGTH
+        for place in np.flatnonzero(np.isin(tokens, list(sampling.watch_ids))) if on_watched else ():
+            on_watched(tokens[: place + 1])
+            await asyncio.sleep(0)  # what hears of it may start while the turn goes on
         versions = np.full(len(tokens), self._version, np.int32)
         return Completion(tokens, np.zeros(len(tokens), np.float32), versions, reason)
 

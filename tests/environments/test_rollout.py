@@ -3,7 +3,8 @@
  1. Tokens, mask, log-probabilities and versions are of one length; sampled tokens carry the engine's, others 0 and -1.
  2. The stream is the template: rendering the episode's messages gives the same ids.
  3. With one call a turn, the turn ends at the call; `<|im_end|>` is forced behind it with mask 0.
- 4. With more calls a turn, they run side by side; none sees what another one of the turn brought.
+ 4. With more calls a turn, each starts when it is closed and they run side by side; none sees what another one of the
+    turn brought. A call that ran is recorded and charged whatever becomes of its turn.
  5. Calls beyond `calls_per_turn`, or beyond what is left of `max_calls`, are refused and not run.
  6. A turn that is no valid call ends the episode as MALFORMED; it stays in the stream with mask 1. With
     `num_corrections` of 1 the first one is answered with a corrective message, and the second one ends the episode.
@@ -213,6 +214,48 @@ def test_calls_of_one_turn_run_side_by_side_and_do_not_see_each_other(sandbox):
     assert [record.is_evidence_present for record in trajectory.calls] == [True, True]  # behind the calls, in order
     assert [request.is_evidence_present for request in pair.requests] == [False, False]  # when they were asked
     assert trajectory.tokens[-1] == CHAT.end_of_turn_id and trajectory.loss_mask[-1]  # sampled, not forced
+
+
+def test_a_call_runs_while_its_turn_goes_on(experts, sandbox):
+    """Rule 4: the second call is only written when the first one's expert has been asked."""
+    is_asked = asyncio.Event()
+
+    class Hearing(Oracle):
+        async def reply(self, request):
+            is_asked.set()
+            return await super().reply(request)
+
+    class Patient(NoisyEngine):
+        async def generate(self, *arguments, on_watched=None, **keywords):
+            def hear(tokens):
+                heard.append(tokens.tolist())
+                on_watched(tokens)
+
+            heard = []
+            first = asyncio.ensure_future(super().generate(*arguments, on_watched=hear, **keywords))
+            await asyncio.wait_for(is_asked.wait(), timeout=10.0)
+            completion = await first
+            assert [tokens[-1] for tokens in heard] == [CHAT.end_of_call_id] * 2
+            return completion
+
+    environment = make_environment(Hearing(), sandbox)
+    trajectory = play(environment, [[SEARCH, ANSWER]], engine=Patient, calls_per_turn=2)
+    assert trajectory.status == EpisodeStatus.ANSWERED and statuses(trajectory) == ["ok", "ok"]
+    check_alignment(trajectory)
+
+
+def test_a_call_that_ran_is_booked_whatever_becomes_of_its_turn(experts, environment):
+    """Rules 1, 4 and 6: the turn goes wrong behind its first call, or is cut there."""
+    whole = chat_format.encode_turn(CHAT, "", [SEARCH, ANSWER])
+    end = whole.index(CHAT.end_of_call_id) + 1
+    stray = [*whole[:end], CHAT.start_of_turn_id, *whole[end:]]
+    trajectory = play(environment, [stray], calls_per_turn=2)
+    assert (trajectory.status, statuses(trajectory), trajectory.answer) == (EpisodeStatus.MALFORMED, ["ok"], "")
+    assert [receipt.tool for receipt in trajectory.receipts] == [ORCHESTRATOR, "search"]
+    cut = play(environment, [whole], max_turn_tokens=end + 1, calls_per_turn=2)
+    assert (cut.status, statuses(cut), cut.num_completion_tokens) == (EpisodeStatus.TOKEN_LIMIT, ["ok"], end + 1)
+    assert len(experts.requests) == 2
+    check_alignment(cut)
 
 
 def test_latency_is_the_critical_path_and_totals_are_those_of_the_receipts(environment):
