@@ -343,9 +343,10 @@ def _check_config(config: JaxEngineConfig) -> None:
         sizes = getattr(config, name)
         if list(sizes) != sorted(set(sizes)) or min(sizes, default=1) < 1 or (name != "slot_buckets" and not sizes):
             raise ValueError(f"jax_engine.{name} {sizes} must be rising sizes of 1 or more")
-    for name in ("num_rows", "max_tokens", "chunk_rows", "steps_per_dispatch"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"jax_engine.{name} {getattr(config, name)} must be 1 or more")
+    # One row to copy a shared beginning from and one to copy it to.
+    for name, least in (("num_rows", 2), ("max_tokens", 2), ("chunk_rows", 1), ("steps_per_dispatch", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"jax_engine.{name} {getattr(config, name)} must be {least} or more")
 
 
 def _buckets(sizes: Sequence[int], largest: int) -> tuple[int, ...]:

@@ -57,22 +57,21 @@ class PrefixStore:
             source, num_matched = self._longest(prefix)
             if source is None:
                 return None
-        self._num_pins_B[source] += 1  # before a row is sought: it must not be the one that goes
         row = source
+        if num_matched < len(prefix) and (not is_own or self._num_pins_B[source] > 0):
+            self._num_pins_B[source] += num_matched > 0  # what is to be copied must not be the row that goes
+            row = self._allocate(session_id)
+            self._num_pins_B[source] -= num_matched > 0
+            if row is None:
+                return None
+            source = source if num_matched else row
         if num_matched < len(prefix):
-            if not is_own or self._num_pins_B[source] > 1:
-                row = self._allocate(session_id)
-            if row is not None:
-                self._tokens_BT[row, : len(prefix)] = prefix
-                self.num_tokens_B[row] = len(prefix)
-                self._row_of_prefix[prefix.tobytes()] = row
-        if row is None:
-            self.unpin(source)
-            return None
-        self._num_pins_B[row] += 1
-        if num_matched:
-            self._touch(source)
-        self._touch(row)
+            self._tokens_BT[row, : len(prefix)] = prefix
+            self.num_tokens_B[row] = len(prefix)
+            self._row_of_prefix[prefix.tobytes()] = row
+        for used in (source, row):
+            self._num_pins_B[used] += 1
+            self._touch(used)
         return Match(source, num_matched, row)
 
     def keep(self, session_id: str, prefix: np.ndarray) -> int | None:
