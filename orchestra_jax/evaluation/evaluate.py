@@ -90,6 +90,8 @@ def evaluate_run(config: RunConfig, parts: Components, params, reference_params,
     summary["comparisons"] = compare(statistics, preference_I, baseline_names(summary), config.evaluation.seed)
     trained, optimal = (by_preference(statistics[name], preference_I) for name in ("trained", "optimal"))
     summary["obedience"] = obedience(trained, optimal)
+    column = STATISTICS.index("cost_usd")  # by instance: what runs are compared by, on the same draws
+    summary["trained_costs_usd"] = {name: trained_NS[:, column].tolist() for name, trained_NS in trained.items()}
     summary["price_response"] = price_response(config, parts, engine, instances)
     decode = functools.partial(chat_format.decode, parts.chat)
     texts = [

@@ -88,7 +88,11 @@ def test_the_summary_has_its_form(evaluated):
     summary, _, _ = evaluated
     assert set(summary) == {
         "seed", "commit", "wall_s", "peak_rss_bytes", "policies", "comparisons", "obedience", "price_response",
+        "trained_costs_usd",
     }  # fmt: skip
+    for name, costs_usd in summary["trained_costs_usd"].items():
+        assert len(costs_usd) == 40
+        assert np.mean(costs_usd) == pytest.approx(summary["policies"]["trained"][name]["cost_usd"])
     assert set(summary["policies"]) == {"trained", "warm_start", "optimal", "clairvoyant"} | BASELINES
     for name, policy in summary["policies"].items():
         assert set(policy) == set(PREFERENCES)

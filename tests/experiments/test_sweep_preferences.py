@@ -23,7 +23,9 @@ def run(config, workdir):
     value = config.data.weights[0]
     entry = {"score": value, "accuracy": value / 2, "cost_usd": 0.01 * value, "latency_s": 40.0}
     optimal = {**entry, "score": 1.0, "accuracy": value}
-    return {"policies": {"trained": {"custom": entry}, "optimal": {"custom": optimal}}}
+    costs = [0.01 * value + 0.001 * number for number in range(20)]
+    policies = {"trained": {"custom": entry}, "optimal": {"custom": optimal}}
+    return {"policies": policies, "trained_costs_usd": {"custom": costs}}
 
 
 sys.modules["orchestra_jax.training"] = types.SimpleNamespace(run=run)
@@ -75,6 +77,8 @@ def test_a_run_per_vector_then_a_table_and_the_front(sweep, tmp_path):
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["1,0,0", "1.000", "0.500", "10.00", "40.0", "1.000", "10.00", "40.0"] in rows
     assert ["0.5,0.25,0.25", "0.500", "0.250", "5.00", "40.0", "0.500", "5.00", "40.0"] in rows
+    # 20 pairs that all differ by half a cent: no sign flips of 2,000 do as well.
+    assert "0.5,0.25,0.25 costs $5.000 per 1000 less than 1,0,0: p = 0.0005, 20 pairs" in result.stdout
     assert (tmp_path / "out" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "tensorboard --logdir=out" in result.stdout
 
