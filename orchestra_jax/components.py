@@ -92,6 +92,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
         )
+    _check_mesh(config)
     for name, optimizer in (("warm_start", config.warm_start.optimizer), ("grpo", config.grpo.optimizer)):
         check_optimizer(optimizer, f"{name}.optimizer")
     _check_reward(config)
@@ -102,6 +103,28 @@ def check_config(config: RunConfig) -> None:
             f"checkpoint_every {config.checkpoint_every} must be 1 or more, and grpo.group_size "
             f"{config.grpo.group_size} must be 2 or more: a rollout is compared with the others of its group"
         )
+
+
+def _check_mesh(config: RunConfig) -> None:
+    mesh, settings = config.mesh, config.grpo
+    num_row_parts, num_length_parts = mesh.data * mesh.fsdp, mesh.context
+    rows = {"warm_start.num_groups": config.warm_start.num_groups}
+    lengths = {"grpo.prompt_buckets": settings.prompt_buckets, "episode.max_tokens": (config.episode.max_tokens,)}
+    lengths["grpo.completion_buckets"] = settings.completion_buckets
+    if settings.batching == "packed" or settings.kl == KL_IN_REWARD:
+        rows["grpo.rows_per_micro_batch"] = settings.rows_per_micro_batch
+        lengths["grpo.tokens_per_row"] = (settings.tokens_per_row,)
+    if settings.batching == "shared_prompt":
+        rows["grpo.groups_per_micro_batch"] = settings.groups_per_micro_batch
+    for name, value in rows.items():
+        if value % num_row_parts:
+            raise ValueError(f"{name} {value} must be a multiple of mesh.data x mesh.fsdp, which is {num_row_parts}")
+    for name, values in lengths.items():
+        if any(value % num_length_parts for value in values):
+            raise ValueError(f"{name} {values} must be multiples of mesh.context, which is {num_length_parts}")
+    is_on_host = config.warm_start.optimizer.is_state_on_host or settings.optimizer.is_state_on_host
+    if is_on_host and max(dataclasses.astuple(mesh)) > 1:
+        raise ValueError(f"optimizer.is_state_on_host is for one device, and {mesh} has more: leave one of them out")
 
 
 def _check_reward(config: RunConfig) -> None:

@@ -134,6 +134,16 @@ class GrpoConfig:
 
 
 @dataclasses.dataclass
+class MeshConfig:
+    """Over how many devices an update is spread, by axis of the mesh (sharding.RULES)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass
 class EvaluationConfig:
     num_per_preference: int = 300
     num_clairvoyant_draws: int = 16
@@ -158,4 +168,5 @@ class RunConfig:
     jax_engine: JaxEngineConfig = dataclasses.field(default_factory=JaxEngineConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

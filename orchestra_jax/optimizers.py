@@ -7,22 +7,22 @@
          leaves the thought readable at rates where AdamW does not (docs/log.md).
 
 The chain: gradients of frozen parameters become 0, the global norm of the others is clipped, the optimizer steps.
-Around it, where asked: moments in bfloat16, float32 master weights of parameters that are stored in less, and optimizer
-state that lies in host memory between steps (written for GPUs and not measured on one).
+Around it, where asked: the dtypes of a precision recipe (precision.py), and optimizer state that lies in host memory
+between steps (written for GPUs and not measured on one).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
-MOMENT_DTYPES = ("float32", "bfloat16")
+from orchestra_jax.precision import RECIPES, with_precision
+
 # bfloat16 has 8 bits: what decays by less than 1/256 of itself a step is rounded back to where it was.
 MAX_BFLOAT16_DECAY = 1 - 2**-8
 MUON_RMS = 0.2  # root mean square of an update at rate 1
@@ -59,8 +59,7 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
     frozen: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
-    moment_dtype: str = "float32"  # "bfloat16" halves the optimizer state; updates are computed in float32
-    has_master_weights: bool = False  # a float32 copy steps, the parameters are its rounding
+    precision: str = "float32"  # a key of precision.RECIPES
     is_state_on_host: bool = False  # between steps
 
 
@@ -137,22 +136,6 @@ def freeze(patterns: tuple[str, ...]) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def with_moment_dtype(optimizer: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """Keeps the floating-point arrays of the optimizer's state in `dtype` and computes with them in float32."""
-
-    def cast(state, to):
-        def convert(leaf):
-            return leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim else leaf
-
-        return jax.tree.map(convert, state)
-
-    def update(updates, state, params=None):
-        updates, state = optimizer.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
-
-
 def check_groups(patterns: tuple[str, ...]) -> optax.GradientTransformation:
     """Changes nothing; refuses a pattern that names no parameter when the state is made."""
 
@@ -178,36 +161,6 @@ def decay_others(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gra
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
-class MasterWeights(NamedTuple):
-    weights: object  # float32, of the shapes of the parameters
-    state: object
-
-
-def with_master_weights(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Steps a float32 copy of the parameters; the update takes the parameters to the copy's rounding, exactly.
-
-    An update that is small against a bfloat16 parameter would round away: it adds up in the copy.
-    """
-
-    def widen(tree):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-
-    def init(params):
-        weights = widen(params)
-        return MasterWeights(weights, optimizer.init(weights))
-
-    def update(updates, state, params=None):
-        updates, inner = optimizer.update(widen(updates), state.state, state.weights)
-        weights = optax.apply_updates(state.weights, updates)
-        # In float32 the difference of two numbers of less precision is exact, and so is the sum that undoes it.
-        steps = jax.tree.map(
-            lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32), weights, params
-        )
-        return steps, MasterWeights(weights, inner)
-
-    return optax.GradientTransformation(init, update)
-
-
 def with_state_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Lets the state lie in the host's memory between steps: two copies a step for the memory of the moments.
 
@@ -225,16 +178,16 @@ def with_state_on_host(optimizer: optax.GradientTransformation) -> optax.Gradien
 
 
 def check_optimizer(config: OptimizerConfig, name: str) -> None:
-    """ValueError, which calls the config `name`, for an unknown optimizer or dtype, or moments that would not move."""
+    """ValueError, which calls the config `name`: an unknown optimizer or precision, moments that would not move."""
     if config.name not in OPTIMIZERS:
         raise ValueError(f"{name}.name {config.name!r} is not one of {sorted(OPTIMIZERS)}")
-    if config.moment_dtype not in MOMENT_DTYPES:
-        raise ValueError(f"{name}.moment_dtype {config.moment_dtype!r} is not one of {MOMENT_DTYPES}")
+    if config.precision not in RECIPES:
+        raise ValueError(f"{name}.precision {config.precision!r} is not one of {sorted(RECIPES)}")
     decay = max(config.beta1, config.beta2, config.momentum)
-    if config.moment_dtype == "bfloat16" and decay > MAX_BFLOAT16_DECAY:
+    if RECIPES[config.precision].moments == "bfloat16" and decay > MAX_BFLOAT16_DECAY:
         raise ValueError(
             f"{name}: a moment that keeps {decay} of itself a step does not move in bfloat16, lower it to "
-            f"{MAX_BFLOAT16_DECAY:.3f} or take moment_dtype float32"
+            f"{MAX_BFLOAT16_DECAY:.3f} or take another precision than {config.precision}"
         )
 
 
@@ -246,8 +199,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       num_steps: optimizer steps of the whole run, over which the rate decays.
 
     Raises:
-      ValueError: see `check_optimizer`. A pattern that names no parameter is refused when the state is
-        made.
+      ValueError: see `check_optimizer`. A pattern that names no parameter is refused when the state is made.
     """
     check_optimizer(config, "optimizer")
     schedule = learning_rate_schedule(config, num_steps)
@@ -261,8 +213,5 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         *([decay_others(config, schedule)] if config.undecayed else []),
         *frozen,
     )
-    if config.moment_dtype != "float32":
-        optimizer = with_moment_dtype(optimizer, config.moment_dtype)
-    if config.has_master_weights:
-        optimizer = with_master_weights(optimizer)
+    optimizer = with_precision(optimizer, config.precision)
     return with_state_on_host(optimizer) if config.is_state_on_host else optimizer

@@ -73,9 +73,28 @@ def mesh_axes(logical_names, mesh) -> PartitionSpec:
     return PartitionSpec(*(dim if dim else None for dim in dims))
 
 
+def num_splits(logical_name) -> int:
+    """In how many parts the mesh of `mesh_context` cuts a dim of that name; 1 outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in RULES[logical_name] if axis in mesh.shape)
+
+
 def place(tree, shardings_tree):
     """The arrays of `tree` laid out as `shardings_tree` says; a dim must be a multiple of the axes that split it."""
     return jax.tree.map(jax.device_put, tree, shardings_tree)
+
+
+def constrain(tree, logical_axes_tree):
+    """Within a jitted function under `mesh_context`: the arrays held to RULES. Elsewhere: the arrays as they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda names, leaf: jax.lax.with_sharding_constraint(leaf, mesh_axes(names, mesh)),
+        logical_axes_tree,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
 
 
 @contextlib.contextmanager

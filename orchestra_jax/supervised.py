@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orchestra_jax import sharding
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import TrainState, completion_hidden
+from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.transformer import head_weights, token_logprobs
+from orchestra_jax.models.logprobs import token_logprobs
 
 
 @functools.partial(jax.jit, static_argnames=("config", "optimizer", "chunk"), donate_argnames="state")
@@ -29,12 +30,11 @@ def supervised_step(state: TrainState, batch: MicroBatch, *, config: ModelConfig
     """
 
     def loss_function(params):
-        hidden_BCD = completion_hidden(params, batch, config)
-        temperature_B = jnp.ones(len(hidden_BCD), jnp.float32)
-        logprobs_BC = token_logprobs(hidden_BCD, head_weights(params, config), batch.targets_BC, temperature_B, chunk)
+        logprobs_BC = score_targets(token_logprobs, params, batch, 1.0, config, chunk)
         return -jnp.where(batch.loss_mask_BC, logprobs_BC, 0.0).sum() / jnp.maximum(batch.loss_mask_BC.sum(), 1)
 
     loss, gradients = jax.value_and_grad(loss_function)(state.params)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state, state.step + 1), loss
+    state = TrainState(params, optimizer_state, state.step + 1)
+    return sharding.constrain(state, state_axes(state, config)), loss

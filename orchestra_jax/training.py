@@ -32,10 +32,11 @@ from orchestra_jax.grpo.filters import rollout_facts
 from orchestra_jax.grpo.kl_penalty import reference_kl
 from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_batches
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
-from orchestra_jax.grpo.train_step import TrainState, init_state, train_step
+from orchestra_jax.grpo.train_step import TrainState, init_state, place_state, state_axes, train_step
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.models.transformer import init_params
-from orchestra_jax.optimizers import make_optimizer
+from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
+from orchestra_jax.precision import cast_parameters, recipe_of
 from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
 from orchestra_jax.rewards.objectives import objective_vector
 from orchestra_jax.rollout_metrics import rollout_metrics
@@ -48,6 +49,7 @@ from orchestra_jax.settings import (
     packed_shape,
     scoring_settings,
 )
+from orchestra_jax.sharding import make_mesh, mesh_context, shardings
 from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
@@ -99,7 +101,8 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
     """Supervised training on demonstrations of random routes. Its metrics are a TensorBoard run of their own."""
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    state = init_state(init_params(parts.model_config, jax.random.key(config.seed)), optimizer)
+    params = init_params(parts.model_config, jax.random.key(config.seed))
+    state = new_state(config, parts, params, settings.optimizer, optimizer)
     batches = make_training_iterator(
         parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
     )
@@ -119,16 +122,16 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
                 derive_seed(config.seed, step),
             )
             (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
-            state, loss = supervised_step(
-                state, batch, config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk
-            )
+            with on_mesh(config):
+                state, loss = supervised_step(
+                    state, batch, config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk
+                )
             if step % WARM_START_REPORT_EVERY == 0:  # to read the loss is to wait for it
                 metrics.write(step, {"warm_start/loss": float(loss)})
                 bar.set_postfix(loss=f"{float(loss):.3f}")
-    optimizer = grpo_optimizer(config.grpo)
     reference_params = jax.tree.map(jnp.copy, state.params)
-    multipliers = initial_multipliers(scoring_settings(config).budgets)
-    return Progress(init_state(state.params, optimizer), reference_params, 0, 0.0, multipliers)
+    state = new_state(config, parts, state.params, config.grpo.optimizer, grpo_optimizer(config.grpo))
+    return Progress(state, reference_params, 0, 0.0, initial_multipliers(scoring_settings(config).budgets))
 
 
 def improve(
@@ -193,10 +196,12 @@ def score(config: RunConfig, parts: Components, progress: Progress, groups: list
     settings, penalty_PG = config.grpo, 0.0
     coefficient = kl_coefficient(settings, progress.step)
     if settings.kl == KL_IN_REWARD and coefficient:
-        penalty_PG = coefficient * reference_kl(
-            groups, progress.reference_params, parts.rollout.temperature,
-            config=parts.model_config, chunk=settings.logprob_chunk, shape=packed_shape(settings),
-        )  # fmt: skip
+        with on_mesh(config):
+            nats_PG = reference_kl(
+                groups, progress.reference_params, parts.rollout.temperature,
+                config=parts.model_config, chunk=settings.logprob_chunk, shape=packed_shape(settings),
+            )  # fmt: skip
+        penalty_PG = coefficient * nats_PG
     return score_groups(
         groups, parts.objectives, scoring_settings(config),
         policy_version=progress.step, multipliers=progress.multipliers, kl_penalty_PG=penalty_PG,
@@ -227,12 +232,14 @@ def take_optimizer_steps(
     """Moves `progress.state` by one `train_step` for each update of a training step; returns their metrics."""
     settings, losses = config.grpo, []
     for micro_batches in updates:
-        progress.state, some = train_step(
-            progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
-            0.0 if settings.kl == KL_IN_REWARD else kl_coefficient(settings, progress.step),
-            config=parts.model_config, settings=loss_settings(config),
-            optimizer=optimizer, num_updates=settings.num_updates,
-        )  # fmt: skip
+        with on_mesh(config):
+            progress.state, some = train_step(
+                progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
+                0.0 if settings.kl == KL_IN_REWARD else kl_coefficient(settings, progress.step),
+                config=parts.model_config, settings=loss_settings(config),
+                optimizer=optimizer, num_updates=settings.num_updates,
+                gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
+            )  # fmt: skip
         losses.append(some)
     return losses
 
@@ -265,6 +272,19 @@ def split_into_updates(
         )
         for part in np.array_split(shuffled, -(-len(numbers) // settings.groups_per_update))
     ]
+
+
+def on_mesh(config: RunConfig):
+    """The context of an update: the mesh that `config.mesh` describes, or nothing for a single device."""
+    sizes = dataclasses.asdict(config.mesh)
+    return mesh_context(make_mesh(sizes)) if max(sizes.values()) > 1 else contextlib.nullcontext()
+
+
+def new_state(config: RunConfig, parts: Components, params, settings: OptimizerConfig, optimizer) -> TrainState:
+    """A state that has taken no step, in the dtypes of its precision recipe, on the devices of the mesh."""
+    state = init_state(cast_parameters(params, settings.precision), optimizer)
+    with on_mesh(config) as mesh:
+        return state if mesh is None else place_state(state, parts.model_config, mesh)
 
 
 def grpo_optimizer(settings: GrpoConfig):
@@ -300,11 +320,18 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
 
     def initial():
         params = init_params(parts.model_config, jax.random.key(0))
-        return {"state": init_state(params, grpo_optimizer(config.grpo)), "reference_params": params}
+        reference_params = cast_parameters(params, config.warm_start.optimizer.precision)
+        params = cast_parameters(reference_params, config.grpo.optimizer.precision)
+        return {"state": init_state(params, grpo_optimizer(config.grpo)), "reference_params": reference_params}
 
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(initial)
+    with on_mesh(config) as mesh:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda leaf: device, shapes)
+        if mesh is not None:
+            places = shardings(state_axes(shapes, parts.model_config), mesh)
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), jax.eval_shape(initial)
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
     arrays, host = checkpointer.restore(step, abstract)
     batches.set_state(host["data_iterator"])

@@ -22,6 +22,7 @@ ROWS = (
     (
         "sharding",
         "optimizers",
+        "precision",
         "chat",
         "metrics",
         "run_directory",

@@ -15,8 +15,6 @@ from orchestra_jax.optimizers import (
     in_group,
     learning_rate_schedule,
     make_optimizer,
-    with_master_weights,
-    with_moment_dtype,
 )
 
 
@@ -105,52 +103,11 @@ def test_groups_are_named_by_their_paths():
         one_step(undecayed=("bias",))
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-def test_moments_in_half_the_bytes_step_almost_alike(name):
-    whole, state = one_step(name=name)
-    half, half_state = one_step(name=name, moment_dtype="bfloat16")
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), half, whole)
-    num_bytes, num_half_bytes = (sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in (state, half_state))
-    assert num_half_bytes < 0.55 * num_bytes
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(half_state) if leaf.ndim} == {"bfloat16"}
-
-
-def test_moments_are_computed_in_float32():
-    """By hand: a mean of 1 and 2^-10 is 0.50048828125, of which bfloat16 keeps 0.5."""
-    optimizer = with_moment_dtype(optax.ema(0.5, debias=False), jnp.bfloat16)
-    state = optimizer.init(jnp.zeros(1))
-    _, state = optimizer.update(jnp.array([2.0]), state)
-    updates, state = optimizer.update(jnp.array([2.0**-10]), state)
-    assert updates[0] == np.float32(0.50048828125)
-    assert jax.tree.leaves(state)[-1].tolist() == [0.5] or jax.tree.leaves(state)[0].tolist() == [0.5]
-
-
-def test_small_updates_add_up_in_the_master_weights():
-    """100 steps of 1e-3 from 1: each is lost in bfloat16, whose neighbours of 1 are 2^-7 and 2^-8 away."""
-    params = {"weight": jnp.ones(3, jnp.bfloat16)}
-    moved = {}
-    for name, optimizer in (("plain", optax.sgd(1e-3)), ("master", with_master_weights(optax.sgd(1e-3)))):
-        state, weights = optimizer.init(params), params
-        for _ in range(100):
-            updates, state = optimizer.update({"weight": jnp.ones(3, jnp.bfloat16)}, state, weights)
-            weights = optax.apply_updates(weights, updates)
-        moved[name] = weights["weight"]
-    assert moved["master"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(moved["plain"], np.ones(3))
-    np.testing.assert_array_equal(moved["master"], jnp.full(3, state.weights["weight"][0]).astype(jnp.bfloat16))
-    np.testing.assert_allclose(state.weights["weight"], 0.9, rtol=1e-5)
-
-
 def test_a_state_on_the_host_steps_the_same():
     """On a CPU the memory is one; that the moves are part of the compiled step is what can be seen here."""
     plain, _ = one_step(name="adamw")
     hosted, _ = one_step(name="adamw", is_state_on_host=True)
     jax.tree.map(np.testing.assert_array_equal, hosted, plain)
-
-
-def test_an_unknown_moment_dtype_is_named():
-    with pytest.raises(ValueError, match="moment_dtype 'int8' is not one of"):
-        make_optimizer(OptimizerConfig(moment_dtype="int8"), num_steps=4)
 
 
 def test_moments_that_bfloat16_would_hold_still_are_refused():
@@ -159,5 +116,5 @@ def test_moments_that_bfloat16_would_hold_still_are_refused():
     assert (0.999 * moment.astype(jnp.float32)).astype(jnp.bfloat16) == moment
     assert (0.95 * moment.astype(jnp.float32)).astype(jnp.bfloat16) < moment
     with pytest.raises(ValueError, match="optimizer: a moment that keeps 0.999 of itself a step does not move"):
-        make_optimizer(OptimizerConfig(beta2=0.999, moment_dtype="bfloat16"), num_steps=2)
+        make_optimizer(OptimizerConfig(beta2=0.999, precision="float32_lean"), num_steps=2)
     make_optimizer(OptimizerConfig(beta2=0.999), num_steps=2)

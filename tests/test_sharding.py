@@ -45,7 +45,10 @@ def test_mistakes_are_named():
 SHARDED_EQUALS_UNSHARDED = """
 import dataclasses, jax, jax.numpy as jnp, numpy as np, os
 from orchestra_jax import sharding
-from orchestra_jax.models import huggingface, kv_cache, transformer
+from orchestra_jax.grpo.batching import MicroBatch
+from orchestra_jax.grpo.train_step import LossSettings, init_state, place_state, state_axes, train_step
+from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
+from orchestra_jax.models import huggingface, kv_cache, logprobs, transformer
 from orchestra_jax.models.config import MODELS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -53,20 +56,28 @@ assert jax.device_count() == 8
 config = dataclasses.replace(MODELS["tiny"], vocab_size=38, remat="full", is_tied=False)
 params = transformer.init_params(config, jax.random.key(0))
 model = transformer.Transformer(config)
-prompts = np.random.default_rng(0).integers(0, 38, (4, 5))
+prompts = np.random.default_rng(0).integers(0, 38, (4, 6))
 tokens = np.random.default_rng(1).integers(0, 38, (8, 6))
 
 def loss(params, prompts, tokens):
-    positions = jnp.broadcast_to(jnp.arange(5), (4, 5))
+    positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
     _, new = model.apply({"params": params}, prompts, positions, jnp.ones_like(prompts))
-    cache = kv_cache.shared_prefix_cache(new, jnp.full(4, 5), 2)
-    positions = jnp.broadcast_to(jnp.arange(5, 11), (8, 6))
+    cache = kv_cache.shared_prefix_cache(new, jnp.full(4, 6), 2)
+    positions = jnp.broadcast_to(jnp.arange(6, 12), (8, 6))
     hidden, _ = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens), cache)
     head = transformer.head_weights(params, config)
-    return transformer.token_logprobs(hidden, head, tokens, jnp.ones(8), 16).mean()
+    splits = logprobs.Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
+    mask = tokens % 3 > 0
+    return logprobs.token_logprobs(hidden, head, tokens, jnp.ones(8), 16, mask, splits).mean()
 
 expected = jax.jit(jax.value_and_grad(loss))(params, prompts, tokens)
-for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4}):
+MESHES = (
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "fsdp": 4, "tensor": 2},
+    {"data": 2, "context": 2, "tensor": 2},
+    {"data": 4},
+)
+for sizes in MESHES:
     mesh = sharding.make_mesh(sizes)
     layout = sharding.shardings(transformer.logical_axes(config), mesh)
     rows = sharding.shardings(jax.sharding.PartitionSpec("batch", None), mesh)
@@ -77,6 +88,38 @@ for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tenso
     num_splits = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     assert query.addressable_shards[0].data.size * num_splits == query.size
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), actual, expected)
+
+optimizer = make_optimizer(OptimizerConfig(name="adamw", weight_decay=0.1), num_steps=4)
+settings = LossSettings(0.2, 0.28, 10.0, 2.0, 0.01, "token_mean", 16)
+batch = MicroBatch(
+    prompts.astype(np.int32), np.array([6, 4, 5, 6], np.int32), tokens.astype(np.int32), np.full(8, 6, np.int32),
+    np.roll(tokens, -1, axis=1).astype(np.int32), tokens % 3 > 0, np.full((8, 6), -3.5, np.float32),
+    np.linspace(-1, 1, 8, dtype=np.float32),
+)
+def one_step(mesh):
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer)
+    state = state if mesh is None else place_state(state, config, mesh)
+    return train_step(
+        state, [batch, batch], 0.9, params, 0.1, config=config, settings=settings, optimizer=optimizer, num_updates=1
+    )
+def moments(state):
+    return [x for x in jax.tree.leaves(state.optimizer_state) if x.ndim]
+expected_state, expected_metrics = one_step(None)
+for sizes in MESHES:
+    mesh = sharding.make_mesh(sizes)
+    with sharding.mesh_context(mesh):
+        state, metrics = one_step(mesh)
+    layout = sharding.shardings(state_axes(state, config), mesh)
+    for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim), (x.shape, x.sharding, place)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, atol=1e-4, err_msg=name)
+    for x, y in zip(moments(state), moments(expected_state), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-3)
+    # Data and context split no parameter, fsdp and tensor all that have such a dim: not the norms' scales.
+    num_split = sum(not x.sharding.is_fully_replicated for x in moments(state))
+    assert num_split == (0 if sizes == {"data": 4} else 2 * 9), num_split
+assert len(moments(expected_state)) == 2 * len(jax.tree.leaves(params))
 
 directory = os.environ["GOLDEN"]
 _, whole = huggingface.load_pretrained(directory)

@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
+from orchestra_jax import sharding
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
 from orchestra_jax.grpo.packing import PackedBatch, layout
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import shared_prefix_cache
-from orchestra_jax.models.transformer import Transformer, head_weights, token_logprobs, token_logprobs_and_entropy
+from orchestra_jax.models.logprobs import Splits, token_logprobs, token_logprobs_and_entropy
+from orchestra_jax.models.transformer import Transformer, head_weights, logical_axes
 
 
 class TrainState(NamedTuple):
@@ -62,6 +65,33 @@ class LossSettings:
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def state_axes(state: TrainState, config: ModelConfig) -> TrainState:
+    """The logical axes of each array: moments and master copies lie as their parameters do, counters are whole.
+
+    `state` may be one of shapes. An array belongs to the parameter whose path ends its own.
+    """
+    by_path = {
+        tuple(key.key for key in path): names
+        for path, names in jax.tree_util.tree_leaves_with_path(
+            logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
+    }
+
+    def axes_of(path, leaf):
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for start in range(len(keys)):
+            if keys[start:] in by_path and len(by_path[keys[start:]]) == leaf.ndim:
+                return by_path[keys[start:]]
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(axes_of, state)
+
+
+def place_state(state: TrainState, config: ModelConfig, mesh) -> TrainState:
+    """The state laid out over the devices of `mesh`."""
+    return sharding.place(state, sharding.shardings(state_axes(state, config), mesh))
 
 
 def completion_hidden(params, batch: MicroBatch, config: ModelConfig) -> jax.Array:
@@ -126,14 +156,21 @@ def batch_denominator(batch: MicroBatch | PackedBatch, *, settings: LossSettings
     return jnp.where(inputs.loss_mask_BC.any(), count, 0.0)
 
 
+def score_targets(function, params, batch: MicroBatch | PackedBatch, temperature, config: ModelConfig, chunk: int):
+    """What `function` (of models.logprobs) says of the targets where the loss mask is set, under `params`."""
+    hidden_BCD, inputs = HIDDEN[type(batch)](params, batch, config), loss_inputs(batch)
+    temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
+    splits = Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
+    head_DV = head_weights(params, config)
+    return function(hidden_BCD, head_DV, inputs.targets_BC, temperature_B, chunk, inputs.loss_mask_BC, splits)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
 def batch_logprobs(
     params, batch: MicroBatch | PackedBatch, temperature, *, config: ModelConfig, chunk: int
 ) -> jax.Array:
-    """Log-probabilities [B, C] of the targets under `params`, without gradients."""
-    hidden_BCD = HIDDEN[type(batch)](params, batch, config)
-    temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
-    return token_logprobs(hidden_BCD, head_weights(params, config), loss_inputs(batch).targets_BC, temperature_B, chunk)
+    """Log-probabilities [B, C] of the targets under `params`, 0 where the loss mask is not set; no gradients."""
+    return score_targets(token_logprobs, params, batch, temperature, config, chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
@@ -159,10 +196,8 @@ def add_gradients(
     inputs = loss_inputs(batch)
 
     def loss_function(params):
-        hidden_BCD = HIDDEN[type(batch)](params, batch, config)
-        temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
-        logprobs_BC, entropy_BC = token_logprobs_and_entropy(
-            hidden_BCD, head_weights(params, config), inputs.targets_BC, temperature_B, settings.logprob_chunk
+        logprobs_BC, entropy_BC = score_targets(
+            token_logprobs_and_entropy, params, batch, temperature, config, settings.logprob_chunk
         )
         old_BC = jax.lax.stop_gradient(logprobs_BC) if old_logprobs_BC is None else old_logprobs_BC
         return grpo_loss(
@@ -180,16 +215,25 @@ def add_gradients(
         )
 
     (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
-    return jax.tree.map(jnp.add, gradients, new_gradients), {**metrics, "loss": loss}
+    gradients = jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradients, new_gradients)
+    return sharding.constrain(gradients, logical_axes(config)), {**metrics, "loss": loss}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def zero_gradients(params, *, config: ModelConfig, dtype: str):
+    """What `add_gradients` starts from; on a mesh it lies as the parameters do from the start."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    return sharding.constrain(zeros, logical_axes(config))
 
 
 # The gradients are not donated: the new state has no buffer left over that could take them.
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
-def apply_gradients(state: TrainState, gradients, *, optimizer) -> tuple[TrainState, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames="state")
+def apply_gradients(state: TrainState, gradients, *, config: ModelConfig, optimizer) -> tuple[TrainState, jax.Array]:
     """One optimizer step; returns the state, whose old buffers are donated, and the gradients' norm before clipping."""
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state, state.step + 1), optax.tree.norm(gradients)
+    state = TrainState(params, optimizer_state, state.step + 1)
+    return sharding.constrain(state, state_axes(state, config)), optax.tree.norm(gradients)
 
 
 def train_step(
@@ -203,11 +247,14 @@ def train_step(
     settings: LossSettings,
     optimizer: optax.GradientTransformation,
     num_updates: int,
+    gradient_dtype: str = "float32",
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
 
     `state` is donated. `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for
-    further ones the old log-probabilities are computed once, before it. ValueError for no batch, or no update.
+    further ones the old log-probabilities are computed once, before it. `gradient_dtype`: what micro-batches add up in.
+    Within sharding.mesh_context the step runs on all devices of the mesh, for a state of `place_state`. ValueError for
+    no batch, or no update.
     """
     if not batches or num_updates < 1:
         raise ValueError(
@@ -219,7 +266,7 @@ def train_step(
     old = [logprobs(state.params, batch, temperature) if num_updates > 1 else None for batch in batches]
     reference = [logprobs(reference_params, batch, temperature) if kl_coefficient else None for batch in batches]
     for number in range(num_updates):
-        gradients = jax.tree.map(jnp.zeros_like, state.params)
+        gradients = zero_gradients(state.params, config=config, dtype=gradient_dtype)
         metrics = []
         for batch, old_BC, reference_BC in zip(batches, old, reference, strict=True):
             # Of the first pass old is current to the last bit, which two compiled programs need not agree on.
@@ -228,7 +275,7 @@ def train_step(
                 temperature, kl_coefficient, denominator, config=config, settings=settings,
             )  # fmt: skip
             metrics.append(some)
-        state, gradient_norm = apply_gradients(state, gradients, optimizer=optimizer)
+        state, gradient_norm = apply_gradients(state, gradients, config=config, optimizer=optimizer)
     return state, {**_combine(jax.device_get(metrics)), "gradient_norm": float(gradient_norm)}
 
 

@@ -18,6 +18,23 @@ import jax
 import jax.numpy as jnp
 
 MASKED_SCORE = -1e30  # finite: a fully masked block gives weights of 0 after the shared maximum, never NaN
+NO_SEGMENT = -1  # of a key that no token sees
+BEFORE_ALL = -1  # the position of a key that every token of its segment sees
+QUERY_CHUNK = 256  # queries that "chunked" scores at a time
+CHUNKED_FROM = 2048 * 2048  # scores of a head from which on "auto" no longer holds all of them at once
+
+
+class Visibility(NamedTuple):
+    """A token sees the keys of its own segment at its own or an earlier position. Key row c serves B / C token rows."""
+
+    query_segments_BT: jax.Array
+    query_positions_BT: jax.Array
+    key_segments_BS: jax.Array
+    key_positions_BS: jax.Array
+
+    def mask_BTS(self):
+        is_same_BTS = self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]
+        return is_same_BTS & (self.key_positions_BS[:, None, :] <= self.query_positions_BT[:, :, None])
 
 
 class KeyBlock(NamedTuple):
@@ -28,7 +45,7 @@ class KeyBlock(NamedTuple):
 
     keys_CKHS: jax.Array
     values_CKSH: jax.Array
-    is_visible_BTS: jax.Array  # bool
+    visibility: Visibility
 
 
 def for_products(keys_XSKH, values_XSKH):
@@ -36,33 +53,43 @@ def for_products(keys_XSKH, values_XSKH):
     return jnp.moveaxis(keys_XSKH, -3, -1), jnp.moveaxis(values_XSKH, -3, -2)
 
 
-def own_visibility(positions_BT, segment_ids_BT):
-    """bool [B, T, T]: a token sees its own segment at its own or an earlier position (padding, id 0, sees padding)."""
-    is_same_segment_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return is_same_segment_BTT & (positions_BT[:, None, :] <= positions_BT[:, :, None])
+def own_visibility(positions_BT, segment_ids_BT) -> Visibility:
+    """Of new tokens among themselves (padding, id 0, sees padding)."""
+    return Visibility(segment_ids_BT, positions_BT, segment_ids_BT, positions_BT)
 
 
-def cache_visibility(segment_ids_BT, lengths_B, num_slots):
-    """bool [B, T, S]: tokens of segment 1 see the first `lengths_B` slots, all of them earlier tokens."""
+def cache_visibility(positions_BT, segment_ids_BT, lengths_B, num_slots) -> Visibility:
+    """Tokens of segment 1 see the first `lengths_B` slots, all of them earlier tokens."""
     is_filled_BS = jnp.arange(num_slots)[None, :] < lengths_B[:, None]
-    return (segment_ids_BT == 1)[:, :, None] & is_filled_BS[:, None, :]
+    key_segments_BS = jnp.where(is_filled_BS, 1, NO_SEGMENT)
+    return Visibility(segment_ids_BT, positions_BT, key_segments_BS, jnp.full_like(key_segments_BS, BEFORE_ALL))
 
 
-def attend(q_BTNH, blocks, implementation="xla"):
+def attend(q_BTNH, blocks, implementation="auto"):
     """Attention of the queries over all `blocks` (a list of KeyBlock) -> [B, T, N, H] in the queries' dtype.
 
     Every query must see at least one key of some block. The softmax is float32. ValueError for an unknown
-    `implementation`, or a block whose rows do not divide the queries' rows.
+    `implementation`, one that cannot do what is asked of it, or a block whose rows do not divide the queries' rows.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {sorted(IMPLEMENTATIONS)}")
     for block in blocks:
         if q_BTNH.shape[0] % block.keys_CKHS.shape[0]:
             raise ValueError(
                 f"{q_BTNH.shape[0]} token rows over {block.keys_CKHS.shape[0]} key rows: "
                 "the token rows must be a whole multiple, in groups of neighbours"
             )
+    if implementation == "auto":
+        implementation = choose(q_BTNH, blocks, jax.default_backend())
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {['auto', *IMPLEMENTATIONS]}")
     return IMPLEMENTATIONS[implementation](q_BTNH, blocks)
+
+
+def choose(q_BTNH, blocks, platform):
+    """The implementation that "auto" stands for: by platform, dtype, and how many scores there are."""
+    num_scores = q_BTNH.shape[1] * sum(block.keys_CKHS.shape[-1] for block in blocks)
+    if platform == "gpu" and len(blocks) == 1 and q_BTNH.shape[1] > 1 and q_BTNH.dtype.itemsize == 2:
+        return "cudnn"
+    return "chunked" if q_BTNH.shape[1] > QUERY_CHUNK and num_scores >= CHUNKED_FROM else "xla"
 
 
 def _attend_xla(q_BTNH, blocks):
@@ -108,8 +135,50 @@ def _masked_scores(q_BTNH, block):
     num_key_rows, num_kv_heads, head_dim, num_slots = block.keys_CKHS.shape
     q_CUKRH = q_BTNH.reshape(num_key_rows, -1, num_kv_heads, q_BTNH.shape[2] // num_kv_heads, head_dim)
     score_CKURS = jnp.einsum("CUKRH,CKHS->CKURS", q_CUKRH, block.keys_CKHS, preferred_element_type=jnp.float32)
-    is_visible_CUS = block.is_visible_BTS.reshape(num_key_rows, -1, num_slots)
+    is_visible_CUS = block.visibility.mask_BTS().reshape(num_key_rows, -1, num_slots)
     return jnp.where(is_visible_CUS[:, None, :, None, :], score_CKURS, MASKED_SCORE)
 
 
-IMPLEMENTATIONS = {"xla": _attend_xla}
+def _attend_chunked(q_BTNH, blocks):
+    """Queries go by in chunks, in the backward pass again: scores and masks of chunk x S, never of T x S."""
+    num_tokens = q_BTNH.shape[1]
+    width = min(QUERY_CHUNK, num_tokens)
+
+    def split(x_BT, fill):
+        """[B, T, ...] -> [chunks, B, width, ...]"""
+        padding = [(0, 0), (0, -num_tokens % width)] + [(0, 0)] * (x_BT.ndim - 2)
+        padded_BT = jnp.pad(x_BT, padding, constant_values=fill)
+        return jnp.moveaxis(padded_BT.reshape(len(x_BT), -1, width, *x_BT.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def attend_chunk(q_BWNH, queries, blocks):
+        own = [
+            block._replace(
+                visibility=block.visibility._replace(query_segments_BT=segments, query_positions_BT=positions)
+            )
+            for block, (segments, positions) in zip(blocks, queries, strict=True)
+        ]
+        return _attend_xla(q_BWNH, own)
+
+    # The queries behind the last one see nothing: the mean of all values, finite, and cut off below.
+    queries = [(split(each[0], NO_SEGMENT - 1), split(each[1], 0)) for *_, each in blocks]
+    out = jax.lax.map(lambda chunk: attend_chunk(*chunk, blocks), (split(q_BTNH, 0), queries))
+    return jnp.moveaxis(out, 0, 1).reshape(len(q_BTNH), -1, *q_BTNH.shape[2:])[:, :num_tokens]
+
+
+def _attend_cudnn(q_BTNH, blocks):
+    """NVIDIA's fused kernel, packed rows by a mask (which it reads as a bias of T x S; the scores stay on the chip)."""
+    if len(blocks) > 1 or q_BTNH.dtype.itemsize != 2:
+        raise ValueError(
+            f'attention "cudnn" over {len(blocks)} blocks of keys in {q_BTNH.dtype}: it takes one, without a cache, in '
+            'bfloat16 or float16; choose "auto"'
+        )
+    (block,) = blocks
+    num_repeats = q_BTNH.shape[0] // block.keys_CKHS.shape[0]
+    keys_BSKH = jnp.repeat(jnp.moveaxis(block.keys_CKHS, -1, 1), num_repeats, axis=0)
+    values_BSKH = jnp.repeat(jnp.moveaxis(block.values_CKSH, 2, 1), num_repeats, axis=0)
+    mask_B1TS = block.visibility.mask_BTS()[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, implementation="cudnn")
+
+
+IMPLEMENTATIONS = {"xla": _attend_xla, "chunked": _attend_chunked, "cudnn": _attend_cudnn}

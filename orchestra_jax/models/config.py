@@ -38,7 +38,8 @@ class ModelConfig:
     keys and values (`has_qkv_bias`).
 
     `parameter_dtype` is how parameters are stored, `compute_dtype` what the matrix products run in; norms, the softmax
-    and log-probabilities are always float32. `remat` names a key of `transformer.REMAT_POLICIES`. `max_position` is the
+    and log-probabilities are always float32. `remat` names a key of `transformer.REMAT_POLICIES`, `attention` one of
+    `attention.IMPLEMENTATIONS` or "auto". `max_position` is the
     context length that config.json names: components.check_config bounds the episodes with it.
     """
 
@@ -59,6 +60,7 @@ class ModelConfig:
     parameter_dtype: str = "float32"
     compute_dtype: str = "bfloat16"
     remat: str = "full"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

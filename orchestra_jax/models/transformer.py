@@ -1,4 +1,4 @@
-"""The transformer: tokens -> hidden states and the new keys and values; hidden states -> log-probabilities.
+"""The transformer: tokens -> hidden states and the new keys and values. Log-probabilities: logprobs.py.
 
 Pre-norm blocks, x += attention(norm(x)); x += feed_forward(norm(x)), with grouped-query attention and SwiGLU. Qwen3
 norms each query and key head before the rotary embedding, Qwen2.5 has biases there, Llama neither. Source: Qwen3
@@ -6,7 +6,7 @@ technical report (arXiv:2505.09388) and the `qwen3`, `qwen2` and `llama` models 
 logits it reproduces. No dropout, no loss, no mesh, no weight files.
 
 Legend: B rows, T new tokens, D hidden, N query heads, K key-value heads, H head dim, F feed-forward, L layers, V vocab,
-C cache rows, S cache slots, W tokens of a row that one chunk of the log-probabilities holds.
+C cache rows, S cache slots.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Transformer(nn.Module):
         config = self.config
         embedding_shape = (config.vocab_size, config.hidden_size)
         embedding_VD = _parameter(self, "embedding", embedding_shape, ("vocab", "embed"), config.hidden_size)
+        # On a mesh the rows are whole before they are looked up: rows and batch may lie on the same axis.
+        embedding_VD = nn.with_logical_constraint(embedding_VD, ("vocab", "activation"))
         hidden_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
         hidden_BTD = nn.with_logical_constraint(hidden_BTD, ACTIVATIONS)
         context = {
@@ -57,7 +59,9 @@ class Transformer(nn.Module):
                     f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: make them equal"
                 )
             cache_keys_values = (cache.keys_LCKHS, cache.values_LCKSH)
-            context["cache"] = attention.cache_visibility(segment_ids_BT, cache.lengths_B, cache.num_slots)
+            context["cache"] = attention.cache_visibility(
+                positions_BT, segment_ids_BT, cache.lengths_B, cache.num_slots
+            )
         layers = nn.scan(
             _rematerialised_block(config.remat),
             variable_axes={"params": 0},
@@ -116,7 +120,7 @@ class Attention(nn.Module):
         blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
         if cache_keys_values is not None:
             blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
-        attended_BTNH = attention.attend(q_BTNH, blocks)
+        attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
         return project(attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
 
 
@@ -187,7 +191,8 @@ def init_params(config: ModelConfig, key):
 
 def logical_axes(config: ModelConfig):
     """The tree of `init_params` with a PartitionSpec of logical axis names at each leaf. Allocates nothing."""
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0)))
+    with nn.logical_axis_rules(()):  # the one token that it is told of need not fill a mesh
+        return nn.get_partition_spec(jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0)))
 
 
 def _init_boxed(config, key):
@@ -196,55 +201,6 @@ def _init_boxed(config, key):
 
 
 def head_weights(params, config: ModelConfig):
-    """The output projection [D, V]: the embedding's transpose if tied."""
-    return params["embedding"].T if config.is_tied else params["head"]
-
-
-def token_logprobs(hidden_BTD, head_DV, targets_BT, temperature_B, chunk):
-    """log softmax(hidden . head / temperature)[target], float32 [B, T]; natural logarithm.
-
-    The logits exist for max(chunk, B) tokens at a time at most, in the forward and in the backward pass. The chunks
-    are columns of the batch, so that a sharded batch dim stays sharded.
-    """
-    return _map_columns(_column_logprobs, hidden_BTD, head_DV, targets_BT, temperature_B, chunk)[0]
-
-
-def token_logprobs_and_entropy(hidden_BTD, head_DV, targets_BT, temperature_B, chunk):
-    """(`token_logprobs`, entropy of the same distribution in nats), each float32 [B, T]."""
-    return _map_columns(_column_logprobs_and_entropy, hidden_BTD, head_DV, targets_BT, temperature_B, chunk)
-
-
-def _map_columns(function, hidden_BTD, head_DV, targets_BT, temperature_B, chunk):
-    num_rows, num_tokens = targets_BT.shape
-    width = min(num_tokens, max(1, chunk // num_rows))
-    num_chunks = -(-num_tokens // width)
-
-    def split(x_BT):
-        padding = [(0, 0)] * x_BT.ndim
-        padding[1] = (0, num_chunks * width - num_tokens)
-        padded_BT = jnp.pad(x_BT, padding)
-        return jnp.moveaxis(padded_BT.reshape(num_rows, num_chunks, width, *x_BT.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def chunk_function(head_DV, temperature_B, hidden_BWD, targets_BW):
-        logits_BWV = jnp.matmul(hidden_BWD, head_DV.astype(hidden_BWD.dtype), preferred_element_type=jnp.float32)
-        return function(logits_BWV / temperature_B[:, None, None], targets_BW)
-
-    outputs = jax.lax.map(
-        lambda columns: chunk_function(head_DV, temperature_B, *columns), (split(hidden_BTD), split(targets_BT))
-    )
-    return [jnp.moveaxis(x, 0, 1).reshape(num_rows, -1)[:, :num_tokens] for x in outputs]
-
-
-def _column_logprobs(logits_BWV, targets_BW):
-    log_normalizer_BW = jax.nn.logsumexp(logits_BWV, axis=-1)
-    # A sum over a one-hot mask instead of a gather: its gradient is no scatter, and a sharded vocab dim stays sharded.
-    is_target_BWV = jnp.arange(logits_BWV.shape[-1])[None, None, :] == targets_BW[:, :, None]
-    return (jnp.where(is_target_BWV, logits_BWV, 0.0).sum(axis=-1) - log_normalizer_BW,)
-
-
-def _column_logprobs_and_entropy(logits_BWV, targets_BW):
-    log_normalizer_BW = jax.nn.logsumexp(logits_BWV, axis=-1)
-    probabilities_BWV = jnp.exp(logits_BWV - log_normalizer_BW[:, :, None])
-    entropy_BW = log_normalizer_BW - (probabilities_BWV * logits_BWV).sum(axis=-1)
-    return (*_column_logprobs(logits_BWV, targets_BW), entropy_BW)
+    """The output projection [D, V]: the embedding's transpose if tied. On a mesh it is gathered over D, once."""
+    head_DV = params["embedding"].T if config.is_tied else params["head"]
+    return nn.with_logical_constraint(head_DV, ("activation", "vocab"))

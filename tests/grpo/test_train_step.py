@@ -119,7 +119,8 @@ def test_logprobs_behind_a_shared_prompt_are_those_of_the_whole_stream(temperatu
     expected_BT = plain_logprobs(fixed_params(), tokens_BT, temperature)
     for row, trajectory in enumerate(trajectories):
         start, count = trajectory.num_prompt_tokens - 1, trajectory.num_completion_tokens
-        np.testing.assert_allclose(logprobs_BC[row, :count], expected_BT[row, start : start + count], atol=1e-5)
+        expected_C = np.where(trajectory.loss_mask[start + 1 :], expected_BT[row, start : start + count], 0.0)
+        np.testing.assert_allclose(logprobs_BC[row, :count], expected_C, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Attention by hand and against a loop over query heads. Legend as in orchestra_jax/models/attention.py."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,17 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+class Mask(NamedTuple):
+    """Any visibility at all in the place of segments and positions."""
+
+    is_visible_BTS: jax.Array
+
+    def mask_BTS(self):
+        return self.is_visible_BTS
+
+
 def block(keys_CSKH, values_CSKH, is_visible_BTS):
-    return attention.KeyBlock(*attention.for_products(keys_CSKH, values_CSKH), is_visible_BTS)
+    return attention.KeyBlock(*attention.for_products(keys_CSKH, values_CSKH), Mask(is_visible_BTS))
 
 
 def test_weights_of_two_keys_by_hand():
@@ -68,14 +79,76 @@ def test_shared_key_rows_equal_repeated_ones_in_value_and_gradient():
 
 
 def test_visibility_by_hand():
-    own_TT = attention.own_visibility(jnp.array([[0, 1, 0, 0]]), jnp.array([[1, 1, 2, 0]]))[0]
+    own_TT = attention.own_visibility(jnp.array([[0, 1, 0, 0]]), jnp.array([[1, 1, 2, 0]])).mask_BTS()[0]
     np.testing.assert_array_equal(own_TT, np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], bool))
-    cached_BTS = attention.cache_visibility(jnp.array([[1, 0], [1, 1]]), jnp.array([2, 0]), 3)
+    positions_BT = jnp.array([[2, 3], [0, 1]])
+    cached_BTS = attention.cache_visibility(positions_BT, jnp.array([[1, 0], [1, 1]]), jnp.array([2, 0]), 3).mask_BTS()
     np.testing.assert_array_equal(cached_BTS, np.array([[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]], bool))
 
 
+def packed_rows(num_rows, num_tokens):
+    """Two segments a row, the second twice as long as the first, and padding behind them."""
+    lengths = (num_tokens // 4, num_tokens // 2)
+    segments_T = np.repeat([1, 2, 0], [*lengths, num_tokens - sum(lengths)])
+    positions_T = np.concatenate([np.arange((segments_T == number).sum()) for number in (1, 2, 0)])
+    return [jnp.tile(x_T[None], (num_rows, 1)) for x_T in (positions_T, segments_T)]
+
+
+def test_chunked_equals_xla_in_value_and_gradient(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 3)  # 3, 3, 2: the last one is padded
+    positions_BT, segments_BT = packed_rows(4, 8)
+    own = attention.own_visibility(positions_BT, segments_BT)
+    cached = attention.cache_visibility(positions_BT + 3, segments_BT, jnp.array([3, 1, 2, 0]), 3)
+    q_BTNH, own_keys, own_values = normal(0, 4, 8, 4, 6), normal(1, 4, 8, 2, 6), normal(2, 4, 8, 2, 6)
+    cache_keys, cache_values = normal(3, 2, 3, 2, 6), normal(4, 2, 3, 2, 6)  # shared by two rows each
+
+    def loss(arrays, implementation):
+        q_BTNH, own_keys, own_values, cache_keys, cache_values = arrays
+        blocks = [
+            attention.KeyBlock(*attention.for_products(own_keys, own_values), own),
+            attention.KeyBlock(*attention.for_products(cache_keys, cache_values), cached),
+        ]
+        out_BTNH = attention.attend(q_BTNH, blocks, implementation)
+        return jnp.sin(out_BTNH).sum(), out_BTNH
+
+    gradient_of = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    arrays = (q_BTNH, own_keys, own_values, cache_keys, cache_values)
+    actual, expected = gradient_of(arrays, "chunked"), gradient_of(arrays, "xla")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), actual, expected)
+
+
+def test_chunked_memory_grows_with_the_length_not_its_square():
+    def temporary_bytes(num_tokens, implementation):
+        visibility = attention.own_visibility(*packed_rows(1, num_tokens))
+
+        def loss(q_BTNH, keys_BSKH, values_BSKH):
+            own = attention.KeyBlock(*attention.for_products(keys_BSKH, values_BSKH), visibility)
+            return jnp.sin(attention.attend(q_BTNH, [own], implementation)).sum()
+
+        shapes = [jax.ShapeDtypeStruct((1, num_tokens, num_heads, 8), jnp.float32) for num_heads in (2, 1, 1)]
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096, "chunked") < 2.2 * temporary_bytes(2048, "chunked")
+    assert temporary_bytes(4096, "chunked") < temporary_bytes(4096, "xla") / 8
+
+
+def test_auto_goes_by_platform_dtype_and_length():
+    def choice(platform, num_tokens, dtype=jnp.bfloat16, num_blocks=1):
+        keys = jax.ShapeDtypeStruct((1, 2, 8, num_tokens), dtype)
+        blocks = [attention.KeyBlock(keys, None, None)] * num_blocks
+        return attention.choose(jax.ShapeDtypeStruct((1, num_tokens, 4, 8), dtype), blocks, platform)
+
+    assert choice("cpu", 64) == choice("gpu", 64, jnp.float32) == choice("gpu", 1) == "xla"
+    assert choice("cpu", 4096) == choice("gpu", 4096, jnp.float32) == choice("tpu", 4096) == "chunked"
+    assert choice("gpu", 64) == choice("gpu", 4096) == "cudnn"
+    assert choice("gpu", 64, num_blocks=2) == "xla"
+
+
 def test_unknown_implementation_and_rows_that_do_not_divide_are_refused():
-    block = attention.KeyBlock(normal(0, 2, 5, 1, 6), normal(1, 2, 5, 1, 6), jnp.ones((3, 1, 5), bool))
+    block = attention.KeyBlock(normal(0, 2, 5, 1, 6), normal(1, 2, 5, 1, 6), Mask(jnp.ones((3, 1, 5), bool)))
+    with pytest.raises(ValueError, match="2 blocks of keys in float32"):
+        attention.attend(normal(2, 2, 1, 1, 6), [block, block], implementation="cudnn")
     with pytest.raises(ValueError, match="flash9"):
         attention.attend(normal(2, 2, 1, 1, 6), [block], implementation="flash9")
     with pytest.raises(ValueError, match="3 token rows over 2 key rows"):

@@ -12,6 +12,7 @@ import pytest
 
 from orchestra_jax.models import kv_cache, transformer
 from orchestra_jax.models.config import MODELS
+from orchestra_jax.models.logprobs import token_logprobs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -102,15 +103,24 @@ def test_a_row_past_the_end_is_not_written():
     jax.tree.map(np.testing.assert_array_equal, written, cache)
 
 
-def test_the_donated_cache_is_updated_in_place():
-    cache = jax.eval_shape(lambda: kv_cache.empty_cache(TINY, num_rows=8, num_slots=512))
-    step = jax.jit(lambda params, cache, *rest: extend(params, cache, *rest)[1], donate_argnums=1)
-    shapes = jax.eval_shape(lambda key: transformer.init_params(TINY, key), jax.random.key(0))
-    token, valid = jax.ShapeDtypeStruct((8, 1), jnp.int32), jax.ShapeDtypeStruct((8, 1), bool)
-    memory = step.lower(shapes, cache, token, valid).compile().memory_analysis()
+def test_a_decode_step_updates_the_cache_in_place_in_a_tenth_of_its_memory():
+    """At the shape of Qwen3-0.6B: a layer of the cache is copied at a time, and a model of three has few."""
+    config = dataclasses.replace(MODELS["qwen3-0.6b"], compute_dtype="float32")
+    model = transformer.Transformer(config)
+
+    def decode(params, cache, tokens_B1, is_running_B1):
+        """One token for each row that runs."""
+        segments_B1 = is_running_B1.astype(jnp.int32)
+        hidden_B1D, new = model.apply({"params": params}, tokens_B1, cache.lengths_B[:, None], segments_B1, cache)
+        return hidden_B1D, kv_cache.write(cache, new, cache.lengths_B, is_running_B1)
+
+    cache = jax.eval_shape(lambda: kv_cache.empty_cache(config, num_rows=8, num_slots=4096))
+    params = jax.eval_shape(lambda key: transformer.init_params(config, key), jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((8, 1), jnp.int32), jax.ShapeDtypeStruct((8, 1), bool)
+    memory = jax.jit(decode, donate_argnums=1).lower(params, cache, *inputs).compile().memory_analysis()
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 10
 
 
 def test_a_shared_prompt_gives_the_logprobs_and_gradients_of_full_sequences(params):
@@ -129,7 +139,7 @@ def test_a_shared_prompt_gives_the_logprobs_and_gradients_of_full_sequences(para
     def logprobs(params, hidden_BTD):
         head_DV = transformer.head_weights(params, TINY)
         targets_BT = jnp.asarray(completions_BT[:, 1:])
-        return transformer.token_logprobs(hidden_BTD, head_DV, targets_BT, temperature_B, chunk=6)
+        return token_logprobs(hidden_BTD, head_DV, targets_BT, temperature_B, chunk=6)
 
     def shared(params):
         prompt_positions_PT = np.tile(np.arange(prompt_width), (num_prompts, 1))

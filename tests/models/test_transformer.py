@@ -130,6 +130,16 @@ def test_rematerialisation_changes_no_value_and_no_gradient(params):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradients, remat_gradients)
 
 
+def test_the_program_of_a_deep_model_is_as_long_as_that_of_a_shallow_one():
+    def num_operations(num_layers):
+        config = dataclasses.replace(TINY, num_layers=num_layers, remat="full")
+        shapes = jax.eval_shape(lambda key: transformer.init_params(config, key), jax.random.key(0))
+        gradient_of = jax.jit(jax.grad(lambda params: apply(config, params, np.zeros((1, 4), int)).sum()))
+        return gradient_of.lower(shapes).as_text().count(" = ")
+
+    assert num_operations(2) == num_operations(20)
+
+
 def test_unknown_remat_is_refused(params):
     with pytest.raises(ValueError, match="remat='half'"):
         apply(dataclasses.replace(TINY, remat="half"), params, random_tokens(1, 2))
@@ -166,47 +176,3 @@ def test_config_refuses_heads_that_do_not_divide_and_odd_head_dims():
         ModelConfig(8, 4, 4, 1, num_heads=3, num_kv_heads=2, head_dim=4)
     with pytest.raises(ValueError, match="head_dim=5"):
         ModelConfig(8, 4, 4, 1, num_heads=2, num_kv_heads=2, head_dim=5)
-
-
-def reference_logprobs_and_entropy(hidden_BTD, head_DV, targets_BT, temperature_B):
-    log_probabilities_BTV = jax.nn.log_softmax(hidden_BTD @ head_DV / temperature_B[:, None, None])
-    logprobs_BT = jnp.take_along_axis(log_probabilities_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
-    return logprobs_BT, -(jnp.exp(log_probabilities_BTV) * log_probabilities_BTV).sum(axis=-1)
-
-
-@pytest.mark.parametrize("chunk", [9, 1000])
-def test_token_logprobs_and_entropy_equal_log_softmax_in_value_and_gradient(chunk):
-    keys = jax.random.split(jax.random.key(1), 4)
-    hidden_BTD = jax.random.normal(keys[0], (3, 7, 5))
-    head_DV = jax.random.normal(keys[1], (5, 11))
-    targets_BT = jax.random.randint(keys[2], (3, 7), 0, 11)
-    temperature_B = jnp.array([0.5, 1.0, 2.0])
-    weights_2BT = jax.random.normal(keys[3], (2, 3, 7))
-
-    def weighted(function, hidden_BTD, head_DV):
-        logprobs_BT, entropy_BT = function(hidden_BTD, head_DV, targets_BT, temperature_B)
-        return (weights_2BT[0] * logprobs_BT + weights_2BT[1] * entropy_BT).sum(), (logprobs_BT, entropy_BT)
-
-    def chunked(*arguments):
-        return transformer.token_logprobs_and_entropy(*arguments, chunk)
-
-    gradient_of = jax.jit(jax.grad(weighted, argnums=(1, 2), has_aux=True), static_argnums=0)
-    gradients, values = gradient_of(chunked, hidden_BTD, head_DV)
-    expected_gradients, expected_values = gradient_of(reference_logprobs_and_entropy, hidden_BTD, head_DV)
-    for actual, expected in zip((*gradients, *values), (*expected_gradients, *expected_values), strict=True):
-        np.testing.assert_allclose(actual, expected, atol=1e-5)
-    alone_BT = transformer.token_logprobs(hidden_BTD, head_DV, targets_BT, temperature_B, chunk)
-    np.testing.assert_allclose(alone_BT, values[0], atol=1e-6)
-
-
-def test_token_logprobs_never_holds_all_logits():
-    hidden = jax.ShapeDtypeStruct((4, 64, 8), jnp.float32)
-    head = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
-
-    def loss(hidden_BTD, head_DV):
-        targets_BT = jnp.zeros((4, 64), jnp.int32)
-        return transformer.token_logprobs(hidden_BTD, head_DV, targets_BT, jnp.ones(4), chunk=8).sum()
-
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
-    all_logits_bytes = 4 * 64 * 4096 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < all_logits_bytes / 4
