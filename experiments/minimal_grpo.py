@@ -1,6 +1,6 @@
 """Multi-objective GRPO on one page: world, rollouts, reward, advantage, loss and update, on the tiny model.
 
-    python -m experiments.minimal_grpo --num_steps=150
+    python -m experiments.minimal_grpo --num_steps=300
 
 A minute or less on two cores. For reading: only the transformer comes from the package, which does the same
 with prices, latencies, real tools, filters and a serving engine. What is left out: the KL term (it keeps a *pretrained*
@@ -54,7 +54,7 @@ WEIGHTS = np.array([[0.9, 0.1], [0.2, 0.8]])  # [preference, (outcome, cost)]
 FLOORS = np.array([0.0, 0.1])  # on the range of outcome and cost: pennies are no full unit of reward
 MIN_STD, ADVANTAGE_CLIP, CLIP_LOW, CLIP_HIGH, CORRECTION_CLIP = 0.1, 3.0, 0.2, 0.28, 2.0
 
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 150, "Optimizer steps.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 300, "Optimizer steps.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, world and sampling.")
 
 
@@ -180,7 +180,7 @@ def update(params, optimizer_state, batch, optimizer):
 def train(num_steps: int, seed: int, report=lambda line: None) -> list[dict[str, float]]:
     """One dict of metrics a step."""
     params = init_params(CONFIG, jax.random.key(seed))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, weight_decay=0.0))
     optimizer_state, rng, history = optimizer.init(params), np.random.default_rng(seed), []
     for step in range(num_steps):
         prompts_P5 = draw_prompts(rng)
