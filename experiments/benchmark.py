@@ -18,7 +18,7 @@ SUITES = {
     "tools": "experiments.benchmarks.tools",
     "train_step": "experiments.benchmarks.train_step",
 }
-_SUITE = flags.DEFINE_enum("suite", None, sorted(SUITES), "What to measure.", required=True)
+_SUITE = flags.DEFINE_enum("suite", "train_step", sorted(SUITES), "What to measure.")
 _OPTIONS = flags.DEFINE_multi_string("option", [], "name=value for the suite's run(), value in JSON or a plain word.")
 
 
