@@ -350,7 +350,8 @@ def test_the_learners_other_choices_run_and_resume_with_their_multipliers(tmp_pa
     for line in lines:
         assert line["filter/kept_groups_share"] > 0 and line["loss/num_tokens"] > 0
         assert line["loss/ratio_mean"] != 1.0 and line["optimizer/gradient_norm"] > 0
-        assert line["filter/resampled_share"] > 0 and line["filter/rollouts/lowers_reward/overlong"] > 0
+        assert line["filter/rollouts/lowers_reward/overlong"] > 0
+    assert any(line["filter/resampled_share"] > 0 for line in lines)
     assert any(name.startswith("filter/rollouts/leaves_loss/") for line in lines for name in line)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(NUM_STEPS))
     (tmp_path / "run" / "summary.json").unlink()
