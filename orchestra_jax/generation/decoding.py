@@ -27,7 +27,7 @@ from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import KVCache, empty_cache, write
 from orchestra_jax.models.transformer import Transformer, head_weights
 
-# Where there is a mesh, each device keeps the key heads that it computes. No names for the dims behind: jit hands arrays
+# Where there is a mesh, each device keeps the key heads it computes. No names for the dims behind: jit hands arrays
 # back without them, and would take a cache that has them for one of another layout, to be compiled for anew.
 CACHE_AXES = KVCache(
     PartitionSpec("layers", None, "kv_heads"), PartitionSpec("layers", None, "kv_heads"), PartitionSpec()
