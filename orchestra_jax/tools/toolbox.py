@@ -58,11 +58,6 @@ class Toolbox:
     def names(self) -> tuple[str, ...]:
         return tuple(self._tools)
 
-    async def call_together(self, calls: Sequence[ToolCall], context: ToolContext) -> list[ToolResult]:
-        """Runs the calls of one turn side by side; the results stand in their order."""
-        contexts = [dataclasses.replace(context, call_number=context.call_number + i) for i in range(len(calls))]
-        return await asyncio.gather(*map(self.call, calls, contexts))
-
     async def call(self, call: ToolCall, context: ToolContext) -> ToolResult:
         """Runs one call; the result says by its status how it went."""
         reason, message = self._refusal(call)

@@ -102,7 +102,8 @@ def test_what_cannot_be_paid_is_refused_and_calls_of_a_turn_share_the_money():
     context = with_budget(0.025, 60.0)
 
     async def turn():
-        return await Toolbox([tool], 5.0).call_together([ToolCall("work", {"text": "a"})] * 3, context)
+        box = Toolbox([tool], 5.0)
+        return await asyncio.gather(*(box.call(ToolCall("work", {"text": "a"}), context) for _ in range(3)))
 
     results = asyncio.run(turn())
     assert [result.receipt.reason for result in results] == [Reason.NONE, Reason.NONE, Reason.OVER_BUDGET]
@@ -131,7 +132,8 @@ def test_1000_calls_at_once(has_limits):
     box = Toolbox([tool], 60.0, {"work": Limits(60.0, max_concurrent=50)} if has_limits else {})
 
     async def go():
-        return await box.call_together([ToolCall("work", {"text": "a", "work_s": 0.01})] * 1000, CONTEXT)
+        calls = [ToolCall("work", {"text": "a", "work_s": 0.01})] * 1000
+        return await asyncio.gather(*(box.call(call, CONTEXT) for call in calls))
 
     start_s = time.process_time()
     results = asyncio.run(go())
