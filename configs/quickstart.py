@@ -2,8 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Took 17 minutes on two quiet cores with the settings before the present ones, and takes 1.4 GB. README.md says
-what it reaches.
+Takes about 20 minutes and 2 GB. README.md says what it reaches.
 """
 
 from orchestra_jax.config import RunConfig

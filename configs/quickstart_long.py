@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart_long.py --workdir=runs/quickstart_long
 
-Meant for at most 90 minutes on two CPU cores, at 1.75 to 2 seconds a step. Not measured yet.
+About 100 minutes on two CPU cores at the 2.4 seconds a step of the quickstart; the aim is 90. Not run yet.
 """
 
 from configs import quickstart
