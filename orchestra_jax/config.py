@@ -74,7 +74,7 @@ class EpisodeConfig:
 class WarmStartConfig:
     """Supervised steps on demonstrations with a random route."""
 
-    num_steps: int = 300
+    num_steps: int = 450
     num_groups: int = 16
     group_size: int = 4
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-3))

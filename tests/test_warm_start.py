@@ -21,7 +21,6 @@ NUM_PER_PREFERENCE = 200
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="300 steps give .978 well-formed turns on offer; the bar is .99", strict=False)
 def test_the_warm_start_speaks_the_grammar_and_still_explores(tmp_path):
     config = RunConfig()
     parts = build_components(config)
@@ -34,7 +33,7 @@ def test_the_warm_start_speaks_the_grammar_and_still_explores(tmp_path):
     calls = [record for each in trajectories for record in each.calls]
     num_without_call = sum(each.status in (EpisodeStatus.MALFORMED, EpisodeStatus.TOKEN_LIMIT) for each in trajectories)
     share = sum(record.status == CallStatus.OK for record in calls) / (len(calls) + num_without_call)
-    # The aim is .99; .989 to .991 were measured over two seeds (docs/log.md).
+    # The aim is .99; .992 was measured (docs/log.md), and the last bits of a machine move it.
     assert share >= 0.985
     assert np.mean([each.status == EpisodeStatus.ANSWERED for each in trajectories]) >= 0.985
     restated = [
