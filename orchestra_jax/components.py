@@ -109,7 +109,7 @@ def _check_mesh(config: RunConfig) -> None:
     mesh, settings = config.mesh, config.grpo
     num_row_parts, num_length_parts = mesh.data * mesh.fsdp, mesh.context
     rows = {"warm_start.num_groups": config.warm_start.num_groups}
-    lengths = {"grpo.prompt_buckets": settings.prompt_buckets, "episode.max_tokens": (config.episode.max_tokens,)}
+    lengths = {"grpo.prefix_buckets": settings.prefix_buckets, "episode.max_tokens": (config.episode.max_tokens,)}
     lengths["grpo.completion_buckets"] = settings.completion_buckets
     if settings.batching == "packed" or settings.kl == KL_IN_REWARD:
         rows["grpo.rows_per_micro_batch"] = settings.rows_per_micro_batch

@@ -82,13 +82,15 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 440
+    num_steps: int = 400
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts
     groups_per_micro_batch: int = 4  # gradients are summed over micro-batches of this size
-    prompt_buckets: tuple[int, ...] = (48, 88)  # padded lengths; the last token of a prompt does not count
-    completion_buckets: tuple[int, ...] = (45, 100)  # one for episode.max_tokens is added
+    # Padded lengths: of what a group's rollouts share, its last token not counted, and of the rest of each.
+    prefix_buckets: tuple[int, ...] = (64, 112)
+    completion_buckets: tuple[int, ...] = (22, 46, 100)  # one for episode.max_tokens is added
+    num_shared: int = 24  # tokens behind the prompt that run once with it where all rollouts have them, at most
     batching: str = "shared_prompt"  # "packed": whole trajectories in rows of tokens_per_row (grpo/packing.py)
     tokens_per_row: int = 768
     rows_per_micro_batch: int = 4

@@ -28,7 +28,22 @@ def batch_shape(config: RunConfig) -> BatchShape | PackedShape:
     if settings.batching == "packed":
         return packed_shape(settings)
     return BatchShape(
-        settings.groups_per_micro_batch, settings.group_size, settings.prompt_buckets, completion_buckets(config)
+        settings.groups_per_micro_batch,
+        settings.group_size,
+        settings.prefix_buckets,
+        completion_buckets(config),
+        settings.num_shared,
+    )
+
+
+def warm_start_shape(config: RunConfig) -> BatchShape:
+    """All of a step's demonstrations in one micro-batch."""
+    return BatchShape(
+        config.warm_start.num_groups,
+        config.warm_start.group_size,
+        config.grpo.prefix_buckets[-1:],
+        completion_buckets(config),
+        config.grpo.num_shared,
     )
 
 

@@ -44,10 +44,10 @@ from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_d
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.settings import (
     batch_shape,
-    completion_buckets,
     loss_settings,
     packed_shape,
     scoring_settings,
+    warm_start_shape,
 )
 from orchestra_jax.sharding import make_mesh, mesh_context, shardings
 from orchestra_jax.supervised import supervised_step
@@ -98,20 +98,23 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
 
 
 def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) -> Progress:
-    """Supervised training on demonstrations of random routes. Its metrics are a TensorBoard run of their own."""
+    """Supervised training on demonstrations of random routes. Its metrics are a TensorBoard run of their own.
+
+    KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed; the next call goes on there.
+    """
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    params = init_params(parts.model_config, jax.random.key(config.seed))
-    state = new_state(config, parts, params, settings.optimizer, optimizer)
     batches = make_training_iterator(
         parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
     )
-    shape = BatchShape(
-        settings.num_groups, settings.group_size, config.grpo.prompt_buckets[-1:], completion_buckets(config)
-    )
+    shape = warm_start_shape(config)
     ones_PG = np.ones((settings.num_groups, settings.group_size))
-    bar = tqdm(range(settings.num_steps), desc="warm start")
-    with MetricsWriter(directory.warm_start_path, directory.is_resumed) as metrics:
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(MetricsWriter(directory.warm_start_path, directory.is_resumed))
+        checkpointer = stack.enter_context(Checkpointer(directory.warm_start_path / "checkpoints", max_to_keep=1))
+        interrupt = stack.enter_context(interrupt_flag())
+        first_step, state = start_or_restore_warm_start(config, parts, optimizer, checkpointer, batches)
+        bar = tqdm(range(first_step, settings.num_steps), "warm start", initial=first_step, total=settings.num_steps)
         for step in bar:
             groups = demonstrate(
                 next(batches),
@@ -129,9 +132,28 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
             if step % WARM_START_REPORT_EVERY == 0:  # to read the loss is to wait for it
                 metrics.write(step, {"warm_start/loss": float(loss)})
                 bar.set_postfix(loss=f"{float(loss):.3f}")
+            if interrupt.is_set:
+                checkpointer.save(step + 1, {"state": state}, {"data_iterator": batches.get_state()})
+                raise KeyboardInterrupt
     reference_params = jax.tree.map(jnp.copy, state.params)
     state = new_state(config, parts, state.params, config.grpo.optimizer, grpo_optimizer(config.grpo))
     return Progress(state, reference_params, 0, 0.0, initial_multipliers(scoring_settings(config).budgets))
+
+
+def start_or_restore_warm_start(config: RunConfig, parts: Components, optimizer, checkpointer, batches):
+    """(steps done, TrainState): fresh parameters, or those of an interrupted warm start with `batches` set behind it."""
+    settings, step = config.warm_start.optimizer, checkpointer.latest_step()
+    if step is None:
+        params = init_params(parts.model_config, jax.random.key(config.seed))
+        return 0, new_state(config, parts, params, settings, optimizer)
+
+    def initial():
+        params = init_params(parts.model_config, jax.random.key(0))
+        return {"state": init_state(cast_parameters(params, settings.precision), optimizer)}
+
+    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts, jax.eval_shape(initial)))
+    batches.set_state(host["data_iterator"])
+    return step, arrays["state"]
 
 
 def improve(
@@ -324,19 +346,22 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
         params = cast_parameters(reference_params, config.grpo.optimizer.precision)
         return {"state": init_state(params, grpo_optimizer(config.grpo)), "reference_params": reference_params}
 
-    shapes = jax.eval_shape(initial)
+    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts, jax.eval_shape(initial)))
+    batches.set_state(host["data_iterator"])
+    parts.account.set_state(host["account"])
+    return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
+
+
+def abstract_arrays(config: RunConfig, parts: Components, shapes):
+    """`shapes`, a tree that holds states or parameters, each array with its place on the devices of the run."""
     with on_mesh(config) as mesh:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda leaf: device, shapes)
         if mesh is not None:
             places = shardings(state_axes(shapes, parts.model_config), mesh)
-    abstract = jax.tree.map(
+    return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
-    arrays, host = checkpointer.restore(step, abstract)
-    batches.set_state(host["data_iterator"])
-    parts.account.set_state(host["account"])
-    return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
 
 
 class Interrupt:

@@ -67,7 +67,7 @@ def test_the_parts_follow_the_config():
         ("grpo.optimizer.name", "sgd", r"grpo.optimizer.name 'sgd' is not one of \['adamw', 'muon'\]"),
         ("grpo.optimizer.precision", "float16", "grpo.optimizer.precision 'float16' is not one of"),
         ("mesh.data", 3, "warm_start.num_groups 16 must be a multiple of mesh.data x mesh.fsdp, which is 3"),
-        ("mesh.context", 7, r"grpo.prompt_buckets \(48, 88\) must be multiples of mesh.context, which is 7"),
+        ("mesh.context", 7, r"grpo.prefix_buckets \(64, 112\) must be multiples of mesh.context, which is 7"),
         ("grpo.clip_low", 1.5, "clip_low 1.5 must lie in"),
         ("grpo.num_updates", 0, "grpo.num_updates 0 must be 1 or more"),
         ("grpo.max_resamples", -1, "grpo.max_resamples -1 must be 0 or more"),

@@ -17,8 +17,7 @@ from orchestra_jax.types import CallStatus, EpisodeStatus
 
 CONFIG = RunConfig()
 GROUP_SIZE = 8
-# A packed prompt lacks its last token, which opens the completions.
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = CONFIG.grpo.prompt_buckets[-1] + 1, CONFIG.grpo.completion_buckets[0]
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 89, 46
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ def make_batch(num_groups=2):
     mask_BC[0, 2:4] = False  # given tokens between two turns
     prompts_PT = np.zeros((num_groups, 3), np.int32)
     prompts_PT[:2] = [[3, 1, 4], [1, 5, 0]]
-    zeros_BC, prompt_lengths_P = np.zeros((num_groups, 6), np.float32), np.array([3, 2, 0, 0][:num_groups], np.int32)
+    zeros_BC, prefix_lengths_P = np.zeros((num_groups, 6), np.float32), np.array([3, 2, 0, 0][:num_groups], np.int32)
     zeros_B = np.zeros(num_groups, np.float32)
-    return MicroBatch(prompts_PT, prompt_lengths_P, tokens_BC, lengths_B, targets_BC, mask_BC, zeros_BC, zeros_B)
+    return MicroBatch(prompts_PT, prefix_lengths_P, tokens_BC, lengths_B, targets_BC, mask_BC, zeros_BC, zeros_B)
 
 
 def train(batch, num_steps):

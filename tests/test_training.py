@@ -142,13 +142,13 @@ def assert_same_run(path, other):
     jax.tree.map(np.testing.assert_array_equal, arrays, other_arrays)
 
 
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C, pressed while the metrics of GRPO's `step` are written."""
+def interrupt_at(monkeypatch, step, stage="GRPO"):
+    """Ctrl-C, pressed while the metrics of a stage's `step` are written."""
     write = MetricsWriter.write
 
     def write_and_press(self, at, values):
         write(self, at, values)
-        if at == step and "warm_start/loss" not in values:
+        if at == step and ("warm_start/loss" in values) == (stage == "warm start"):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(MetricsWriter, "write", write_and_press)
@@ -168,6 +168,20 @@ def test_a_run_interrupted_after_a_step_ends_as_an_undisturbed_one(finished, tmp
     same = ("seed", "commit", "policies", "comparisons", "obedience", "price_response")
     assert {name: again[name] for name in same} == {name: summary[name] for name in same}
     assert again["wall_s"] > 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_interrupted_in_its_warm_start_ends_as_an_undisturbed_one(finished, unevaluated, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step=0, stage="warm start")
+        with pytest.raises(KeyboardInterrupt):
+            training.run(small_config(), str(tmp_path / "run"))
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+    steps = []
+    supervised_step = training.supervised_step
+    monkeypatch.setattr(training, "supervised_step", lambda *a, **k: steps.append(k) or supervised_step(*a, **k))
+    training.run(small_config(), str(tmp_path / "run"))
+    assert len(steps) == small_config().warm_start.num_steps - 1
+    assert_same_run(finished[0], tmp_path / "run")
 
 
 def test_a_run_killed_before_its_save_does_the_steps_again(finished, warm, unevaluated):
@@ -431,7 +445,7 @@ def test_the_whole_template_runs_too(directory, max_prompt_tokens, tmp_path, une
     config.episode.max_turn_tokens = 120
     config.jax_engine.num_rows, config.jax_engine.row_buckets = 4, (4,)
     config.jax_engine.chunk_rows, config.jax_engine.chunk_buckets = 2, (256,)
-    config.grpo.prompt_buckets, config.grpo.logprob_chunk = (max_prompt_tokens,), 256
+    config.grpo.prefix_buckets, config.grpo.logprob_chunk = (max_prompt_tokens,), 256
     config.grpo.completion_buckets = (512,)
     config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 1, 2, 2
     config.grpo.num_steps, config.grpo.group_size = 1, 2

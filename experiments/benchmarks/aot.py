@@ -95,9 +95,9 @@ def batch_shapes(num_prompts, num_tokens, group_size):
 
     num_rows = num_prompts * group_size
     fields = {
-        "prompt_tokens_PT": ((num_prompts, num_tokens), "int32"),
-        "prompt_lengths_P": ((num_prompts,), "int32"),
-        "input_tokens_BC": ((num_rows, num_tokens), "int32"),
+        "prefix_tokens_PT": ((num_prompts, num_tokens), "int32"),
+        "prefix_lengths_P": ((num_prompts,), "int32"),
+        "input_tokens_BI": ((num_rows, num_tokens), "int32"),
         "input_lengths_B": ((num_rows,), "int32"),
         "targets_BC": ((num_rows, num_tokens), "int32"),
         "loss_mask_BC": ((num_rows, num_tokens), "bool"),

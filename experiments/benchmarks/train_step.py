@@ -98,9 +98,9 @@ def random_batch(vocab_size: int):
     rng = np.random.default_rng(0)
     shape = (NUM_ROWS, NUM_SCORED_TOKENS)
     return MicroBatch(
-        prompt_tokens_PT=rng.integers(0, vocab_size, (NUM_ROWS, NUM_PROMPT_TOKENS), np.int32),
-        prompt_lengths_P=np.full(NUM_ROWS, NUM_PROMPT_TOKENS, np.int32),
-        input_tokens_BC=rng.integers(0, vocab_size, shape, np.int32),
+        prefix_tokens_PT=rng.integers(0, vocab_size, (NUM_ROWS, NUM_PROMPT_TOKENS), np.int32),
+        prefix_lengths_P=np.full(NUM_ROWS, NUM_PROMPT_TOKENS, np.int32),
+        input_tokens_BI=rng.integers(0, vocab_size, shape, np.int32),
         input_lengths_B=np.full(NUM_ROWS, NUM_SCORED_TOKENS, np.int32),
         targets_BC=rng.integers(0, vocab_size, shape, np.int32),
         loss_mask_BC=np.ones(shape, bool),

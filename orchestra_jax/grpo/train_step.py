@@ -5,8 +5,8 @@ up to the batch's, whose denominator is fixed beforehand. A micro-batch is a `Mi
 batching.py) or a `PackedBatch` (whole trajectories side by side, packing.py). The same forward pass serves the warm
 start (supervised.py).
 
-Legend: P prompts, B rows (B = P * G), T prompt tokens, C completion tokens, D hidden. Of a `PackedBatch` B are its rows
-R and C the tokens T of a row; S are its segments.
+Legend: P prompts, G rollouts of each, B rows (B = P * G), T prefix tokens, I own tokens of a completion, S shared ones,
+C targets (C = S + I), D hidden. Of a `PackedBatch` B are its rows R and C the tokens T of a row; S are its segments.
 """
 
 from __future__ import annotations
@@ -94,29 +94,25 @@ def place_state(state: TrainState, config: ModelConfig, mesh) -> TrainState:
     return sharding.place(state, sharding.shardings(state_axes(state, config), mesh))
 
 
-def completion_hidden(params, batch: MicroBatch, config: ModelConfig) -> jax.Array:
-    """Hidden states [B, C, D] of the completions, each behind its group's prompt, which runs once."""
+def prefix_and_own_hidden(params, batch: MicroBatch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [P, T, D] of the prefixes, which run once, and [B, I, D] of the completions behind them."""
     model = Transformer(config)
-    num_prompts, num_prompt_tokens = batch.prompt_tokens_PT.shape
-    positions_PT = jnp.broadcast_to(jnp.arange(num_prompt_tokens)[None, :], batch.prompt_tokens_PT.shape)
-    segments_PT = (positions_PT < batch.prompt_lengths_P[:, None]).astype(jnp.int32)
-    _, keys_values = model.apply({"params": params}, batch.prompt_tokens_PT, positions_PT, segments_PT)
-    num_rows, num_tokens = batch.input_tokens_BC.shape
-    cache = shared_prefix_cache(keys_values, batch.prompt_lengths_P, num_rows // num_prompts)
-    offsets_BC = jnp.broadcast_to(jnp.arange(num_tokens)[None, :], batch.input_tokens_BC.shape)
-    segments_BC = (offsets_BC < batch.input_lengths_B[:, None]).astype(jnp.int32)
-    positions_BC = cache.lengths_B[:, None] + offsets_BC
-    hidden_BCD, _ = model.apply({"params": params}, batch.input_tokens_BC, positions_BC, segments_BC, cache)
-    return hidden_BCD
+    positions_PT = jnp.broadcast_to(jnp.arange(batch.prefix_tokens_PT.shape[1])[None, :], batch.prefix_tokens_PT.shape)
+    segments_PT = (positions_PT < batch.prefix_lengths_P[:, None]).astype(jnp.int32)
+    hidden_PTD, keys_values = model.apply({"params": params}, batch.prefix_tokens_PT, positions_PT, segments_PT)
+    num_rows, num_tokens = batch.input_tokens_BI.shape
+    cache = shared_prefix_cache(keys_values, batch.prefix_lengths_P, num_rows // len(batch.prefix_tokens_PT))
+    offsets_BI = jnp.broadcast_to(jnp.arange(num_tokens)[None, :], batch.input_tokens_BI.shape)
+    segments_BI = (offsets_BI < batch.input_lengths_B[:, None]).astype(jnp.int32)
+    positions_BI = cache.lengths_B[:, None] + offsets_BI
+    hidden_BID, _ = model.apply({"params": params}, batch.input_tokens_BI, positions_BI, segments_BI, cache)
+    return hidden_PTD, hidden_BID
 
 
 def packed_hidden(params, batch: PackedBatch, config: ModelConfig) -> jax.Array:
     """Hidden states [B, C, D] of whole trajectories; none sees another one of its row."""
     segments_BC, positions_BC = layout(batch.segment_lengths_RS, batch.tokens_RT.shape[1])
     return Transformer(config).apply({"params": params}, batch.tokens_RT, positions_BC, segments_BC)[0]
-
-
-HIDDEN = {MicroBatch: completion_hidden, PackedBatch: packed_hidden}  # by the kind of micro-batch
 
 
 class LossInputs(NamedTuple):
@@ -158,11 +154,46 @@ def batch_denominator(batch: MicroBatch | PackedBatch, *, settings: LossSettings
 
 def score_targets(function, params, batch: MicroBatch | PackedBatch, temperature, config: ModelConfig, chunk: int):
     """What `function` (of models.logprobs) says of the targets where the loss mask is set, under `params`."""
-    hidden_BCD, inputs = HIDDEN[type(batch)](params, batch, config), loss_inputs(batch)
-    temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
-    splits = Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
-    head_DV = head_weights(params, config)
-    return function(hidden_BCD, head_DV, inputs.targets_BC, temperature_B, chunk, inputs.loss_mask_BC, splits)
+    inputs = loss_inputs(batch)
+
+    def score(hidden_BCD, targets_BC, mask_BC):
+        temperature_B = jnp.full(len(hidden_BCD), temperature, jnp.float32)
+        splits = Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
+        return function(hidden_BCD, head_weights(params, config), targets_BC, temperature_B, chunk, mask_BC, splits)
+
+    if isinstance(batch, PackedBatch):
+        return score(packed_hidden(params, batch, config), inputs.targets_BC, inputs.loss_mask_BC)
+    hidden_PTD, hidden_BID = prefix_and_own_hidden(params, batch, config)
+    if batch.shared_columns_PS is None:
+        return score(hidden_BID, inputs.targets_BC, inputs.loss_mask_BC)
+    return _score_shared_once(score, hidden_PTD, hidden_BID, batch)
+
+
+def _score_shared_once(score, hidden_PTD, hidden_BID, batch: MicroBatch):
+    """`score` of a group's shared targets and of its rollouts' own ones, side by side in one row; then [B, C] again."""
+    num_prompts, num_shared = batch.shared_columns_PS.shape
+    num_rows, num_own = batch.input_tokens_BI.shape
+    group_size = num_rows // num_prompts
+
+    def beside_each_other(x_BC, shared_PS):
+        own_PN = x_BC[:, num_shared:].reshape(num_prompts, group_size * num_own)
+        return jnp.concatenate([shared_PS, own_PN], axis=1)
+
+    shared_PSD = jnp.take_along_axis(hidden_PTD, batch.shared_columns_PS[:, :, None], axis=1)
+    own_PND = hidden_BID.reshape(num_prompts, group_size * num_own, -1)
+    shared_mask_PS = batch.loss_mask_BC[:, :num_shared].reshape(num_prompts, group_size, num_shared).any(axis=1)
+    scores = score(
+        jnp.concatenate([shared_PSD, own_PND], axis=1),
+        beside_each_other(batch.targets_BC, batch.targets_BC[::group_size, :num_shared]),
+        beside_each_other(batch.loss_mask_BC, shared_mask_PS),
+    )
+
+    def behind_each_other(x_PM):
+        shared_BS = jnp.repeat(x_PM[:, :num_shared], group_size, axis=0)
+        own_BI = x_PM[:, num_shared:].reshape(num_rows, num_own)
+        return jnp.where(batch.loss_mask_BC, jnp.concatenate([shared_BS, own_BI], axis=1), 0.0)
+
+    return jax.tree.map(behind_each_other, scores)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))

@@ -141,7 +141,7 @@ def test_logprobs_over_turns_are_the_trainers(engine, params, temperature):
         TrajectoryGroup("i", {}, tuple(trajectory(name, prompts[name], played[name][1]) for name in names))
         for names in ("ab", "cd")
     ]
-    shape = BatchShape(num_groups=2, group_size=2, prompt_buckets=(12,), completion_buckets=(24,))
+    shape = BatchShape(num_groups=2, group_size=2, prefix_buckets=(12,), completion_buckets=(24,))
     (batch,) = make_micro_batches(groups, np.ones((2, 2)), np.ones((2, 2), bool), shape)
     trained_BC = batch_logprobs(params, batch, temperature, config=TINY, chunk=64)
     assert batch.loss_mask_BC.sum() == 4 * 3 * 6

@@ -70,7 +70,7 @@ ADVANTAGES_PG = np.random.default_rng(1).normal(size=(NUM_GROUPS, GROUP_SIZE)).a
 
 
 def micro_batches(groups_per_batch=2, advantages_PG=ADVANTAGES_PG, valid_PG=VALID_PG, groups=GROUPS):
-    shape = BatchShape(groups_per_batch, GROUP_SIZE, prompt_buckets=(6,), completion_buckets=(10,))
+    shape = BatchShape(groups_per_batch, GROUP_SIZE, prefix_buckets=(6,), completion_buckets=(10,))
     return make_micro_batches(groups, advantages_PG, valid_PG, shape)
 
 
@@ -123,6 +123,36 @@ def test_logprobs_behind_a_shared_prompt_are_those_of_the_whole_stream(temperatu
         np.testing.assert_allclose(logprobs_BC[row, :count], expected_C, atol=1e-5)
 
 
+def make_related_groups():
+    """The groups with completions that begin alike: one's for 4 tokens, another's for as far as the shorter one goes."""
+    alike = {0: 4, 1: 100, 2: 0, 3: 1}
+    groups = []
+    for p, group in enumerate(GROUPS):
+        first, second = group.trajectories
+        width = min(alike[p], second.num_completion_tokens, first.num_completion_tokens)
+        tokens = second.tokens.copy()
+        tokens[3 + p : 3 + p + width] = first.tokens[3 + p : 3 + p + width]
+        groups.append(dataclasses.replace(group, trajectories=(first, dataclasses.replace(second, tokens=tokens))))
+    return groups
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_what_rollouts_share_runs_once_and_changes_nothing(ratio):
+    """Loss, gradient and metrics are those of completions that each run on their own, KL and entropy terms included."""
+    groups, results = make_related_groups(), []
+    valid_PG = VALID_PG.copy()
+    valid_PG[0, 1] = False
+    settings = dataclasses.replace(SETTINGS, ratio=ratio, entropy_coefficient=0.1)
+    for num_shared in (0, 6):
+        shape = BatchShape(2, GROUP_SIZE, prefix_buckets=(12,), completion_buckets=(10,), num_shared=num_shared)
+        batches = make_micro_batches(groups, ADVANTAGES_PG, valid_PG, shape)
+        results.append(update(batches, reference=fixed_params(1), kl_coefficient=0.3, num_updates=2, settings=settings))
+    assert max(batch.prefix_lengths_P.max() for batch in batches) == 9  # prompt and shared tokens, as asked for
+    (plain, plain_metrics), (shared, metrics) = results
+    assert_trees_close(shared, plain, atol=2e-6)
+    assert metrics == pytest.approx(plain_metrics, abs=2e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "groups_per_batch"),
     [
@@ -150,7 +180,7 @@ def test_rollouts_that_are_not_valid_contribute_nothing():
     for batch in batches:
         batch.sampler_logprobs_BC[~batch.loss_mask_BC] = np.nan
         is_out_B = ~batch.loss_mask_BC.any(axis=1)
-        batch.input_tokens_BC[is_out_B] = 17
+        batch.input_tokens_BI[is_out_B] = 17
     params, metrics = update(batches)
     assert_trees_equal(params, expected)
     assert metrics["num_rollouts"] == 5
