@@ -26,6 +26,7 @@ from orchestra_jax import sharding
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
 from orchestra_jax.grpo.packing import PackedBatch, layout
+from orchestra_jax.models import lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import shared_prefix_cache
 from orchestra_jax.models.logprobs import Splits, token_logprobs, token_logprobs_and_entropy
@@ -70,12 +71,13 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
 def state_axes(state: TrainState, config: ModelConfig) -> TrainState:
     """The logical axes of each array: moments and master copies lie as their parameters do, counters are whole.
 
-    `state` may be one of shapes. An array belongs to the parameter whose path ends its own.
+    `state` may be one of shapes, or a part of one. An array belongs to the parameter whose path ends its own.
     """
     by_path = {
         tuple(key.key for key in path): names
+        for tree in (logical_axes(config), lora.factor_axes(config))
         for path, names in jax.tree_util.tree_leaves_with_path(
-            logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+            tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
         )
     }
 
@@ -198,10 +200,10 @@ def _score_shared_once(score, hidden_PTD, hidden_BID, batch: MicroBatch):
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
 def batch_logprobs(
-    params, batch: MicroBatch | PackedBatch, temperature, *, config: ModelConfig, chunk: int
+    params, batch: MicroBatch | PackedBatch, temperature, base_params=None, *, config: ModelConfig, chunk: int
 ) -> jax.Array:
     """Log-probabilities [B, C] of the targets under `params`, 0 where the loss mask is not set; no gradients."""
-    return score_targets(token_logprobs, params, batch, temperature, config, chunk)
+    return score_targets(token_logprobs, lora.attach(params, base_params), batch, temperature, config, chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
@@ -214,6 +216,7 @@ def add_gradients(
     temperature,
     kl_coefficient,
     denominator,
+    base_params=None,
     *,
     config: ModelConfig,
     settings: LossSettings,
@@ -222,14 +225,16 @@ def add_gradients(
 
     old_logprobs_BC: None says that the batch is on-policy for the trainer: old is current, the ratio 1.
     reference_logprobs_BC: None leaves the KL term out, whatever its coefficient.
+    base_params: the frozen weights, if `params` are low-rank factors beside them.
     """
 
     inputs = loss_inputs(batch)
 
     def loss_function(params):
         logprobs_BC, entropy_BC = score_targets(
-            token_logprobs_and_entropy, params, batch, temperature, config, settings.logprob_chunk
-        )
+            token_logprobs_and_entropy, lora.attach(params, base_params), batch, temperature, config,
+            settings.logprob_chunk,
+        )  # fmt: skip
         old_BC = jax.lax.stop_gradient(logprobs_BC) if old_logprobs_BC is None else old_logprobs_BC
         return grpo_loss(
             logprobs_BC,
@@ -247,14 +252,14 @@ def add_gradients(
 
     (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
     gradients = jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradients, new_gradients)
-    return sharding.constrain(gradients, logical_axes(config)), {**metrics, "loss": loss}
+    return sharding.constrain(gradients, state_axes(gradients, config)), {**metrics, "loss": loss}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def zero_gradients(params, *, config: ModelConfig, dtype: str):
     """What `add_gradients` starts from; on a mesh it lies as the parameters do from the start."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    return sharding.constrain(zeros, logical_axes(config))
+    return sharding.constrain(zeros, state_axes(zeros, config))
 
 
 # The gradients are not donated: the new state has no buffer left over that could take them.
@@ -279,11 +284,13 @@ def train_step(
     optimizer: optax.GradientTransformation,
     num_updates: int,
     gradient_dtype: str = "float32",
+    base_params=None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
 
     `state` is donated. `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for
     further ones the old log-probabilities are computed once, before it. `gradient_dtype`: what micro-batches add up in.
+    `base_params`: the frozen weights, if the state's parameters are low-rank factors (models/lora.py).
     Within sharding.mesh_context the step runs on all devices of the mesh, for a state of `place_state`. ValueError for
     no batch, or no update.
     """
@@ -294,7 +301,7 @@ def train_step(
     counts = [float(batch_denominator(batch, settings=settings)) for batch in batches]
     denominator = max(sum(counts), 1.0)  # a batch that is masked out altogether has gradients of 0, not NaN
     logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
-    old = [logprobs(state.params, batch, temperature) if num_updates > 1 else None for batch in batches]
+    old = [logprobs(state.params, batch, temperature, base_params) if num_updates > 1 else None for batch in batches]
     reference = [logprobs(reference_params, batch, temperature) if kl_coefficient else None for batch in batches]
     for number in range(num_updates):
         gradients = zero_gradients(state.params, config=config, dtype=gradient_dtype)
@@ -303,7 +310,7 @@ def train_step(
             # Of the first pass old is current to the last bit, which two compiled programs need not agree on.
             gradients, some = add_gradients(
                 gradients, state.params, batch, old_BC if number else None, reference_BC,
-                temperature, kl_coefficient, denominator, config=config, settings=settings,
+                temperature, kl_coefficient, denominator, base_params, config=config, settings=settings,
             )  # fmt: skip
             metrics.append(some)
         state, gradient_norm = apply_gradients(state, gradients, config=config, optimizer=optimizer)

@@ -39,8 +39,9 @@ class ModelConfig:
 
     `parameter_dtype` is how parameters are stored, `compute_dtype` what the matrix products run in; norms, the softmax
     and log-probabilities are always float32. `remat` names a key of `transformer.REMAT_POLICIES`, `attention` one of
-    `attention.IMPLEMENTATIONS` or "auto". `max_position` is the
-    context length that config.json names: components.check_config bounds the episodes with it.
+    `attention.IMPLEMENTATIONS` or "auto". `lora_scale` is what products of
+    low-rank factors are multiplied by where the parameters hold some (lora.py). `max_position` is the context length
+    that config.json names: components.check_config bounds the episodes with it.
     """
 
     vocab_size: int
@@ -61,6 +62,7 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"
     remat: str = "full"
     attention: str = "auto"
+    lora_scale: float = 1.0
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -108,7 +108,9 @@ class Attention(nn.Module):
         value_DKH = _parameter(self, "value", kv_shape, kv_names, hidden)
         output_shape, output_names = (num_heads, head_dim, hidden), ("heads", "head_dim", "embed")
         output_NHD = _parameter(self, "output", output_shape, output_names, num_heads * head_dim)
-        q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, weight) for weight in (query_DNH, key_DKH, value_DKH))
+        q_BTNH = _adapted(self, "query", x_BTD, query_DNH)
+        k_BTKH = _adapted(self, "key", x_BTD, key_DKH)
+        v_BTKH = _adapted(self, "value", x_BTD, value_DKH)
         if config.has_qkv_bias:
             q_BTNH = _add_bias(self, "query_bias", q_BTNH, "heads")
             k_BTKH = _add_bias(self, "key_bias", k_BTKH, "kv_heads")
@@ -121,7 +123,7 @@ class Attention(nn.Module):
         if cache_keys_values is not None:
             blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
         attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
-        return project(attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
+        return _adapted(self, "output", attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
 
 
 class FeedForward(nn.Module):
@@ -133,7 +135,8 @@ class FeedForward(nn.Module):
         gate_DF = _parameter(self, "gate", (hidden, width), ("embed", "mlp"), hidden)
         up_DF = _parameter(self, "up", (hidden, width), ("embed", "mlp"), hidden)
         down_FD = _parameter(self, "down", (width, hidden), ("mlp", "embed"), width)
-        return project(jax.nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF), down_FD)
+        gated_BTF = jax.nn.silu(_adapted(self, "gate", x_BTD, gate_DF)) * _adapted(self, "up", x_BTD, up_DF)
+        return _adapted(self, "down", gated_BTF, down_FD)
 
 
 class RMSNorm(nn.Module):
@@ -162,6 +165,15 @@ def _add_bias(module, name, x_BTNH, heads_name):
     initializer = nn.with_logical_partitioning(nn.initializers.zeros, (heads_name, "head_dim"))
     bias_NH = module.param(name, initializer, x_BTNH.shape[2:], jnp.dtype(module.config.parameter_dtype))
     return x_BTNH + bias_NH.astype(x_BTNH.dtype)[None, None]
+
+
+def _adapted(module, name, x_BTI, weight_IO, num_contracted=1):
+    """`project`, and the low-rank product beside it where the parameters hold factors (lora.py)."""
+    projected_BTO = project(x_BTI, weight_IO, num_contracted)
+    if not module.has_variable("params", f"{name}_a"):
+        return projected_BTO
+    a_IR, b_RO = (module.get_variable("params", f"{name}_{factor}") for factor in "ab")
+    return projected_BTO + module.config.lora_scale * project(project(x_BTI, a_IR, num_contracted), b_RO)
 
 
 def project(x_BTI, weight_IO, num_contracted=1):
