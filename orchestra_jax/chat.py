@@ -44,6 +44,10 @@ TOOLS_OPENING = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
+# Where the template decides whether an earlier turn shows its thinking.
+DROPS_THINKING = "loop.index0 > ns.last_query_index %}"
+KEEPS_THINKING = "loop.index0 > ns.last_query_index or reasoning_content %}"
+
 TOOLS_CLOSING = "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
 
 
@@ -116,6 +120,16 @@ def load_chat(tokenizer_directory: str | pathlib.Path, rendering: str) -> Chat:
             raise ValueError(f"{spelling!r} stands in the plain vocabulary of {path}; make it an added token only")
         control_ids[field] = token
     return Chat(tokenizer, content_encoder, rendering, **control_ids)
+
+
+def keep_thinking(template: str) -> str:
+    """The jinja template of Qwen3, changed to show thinking wherever it stands, as an episode does.
+
+    ValueError for another template.
+    """
+    if template.count(DROPS_THINKING) != 1:
+        raise ValueError(f"the chat template is not that of Qwen3: {DROPS_THINKING!r} does not stand in it once")
+    return template.replace(DROPS_THINKING, KEEPS_THINKING)
 
 
 def stop_ids(chat: Chat, calls_per_turn: int) -> frozenset[int]:

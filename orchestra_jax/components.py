@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import GrpoConfig, RunConfig
@@ -23,7 +24,10 @@ from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.filters import FILTERS, OVERLONG
 from orchestra_jax.grpo.loss import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, RATIOS, check_clips
+from orchestra_jax.models import attention, pretrained
 from orchestra_jax.models.config import MODELS, ModelConfig
+from orchestra_jax.models.lora import check_lora
+from orchestra_jax.models.transformer import REMAT_POLICIES
 from orchestra_jax.optimizers import check_optimizer
 from orchestra_jax.rewards.normalization import RANGE_RULES
 from orchestra_jax.rewards.objectives import Objective
@@ -33,6 +37,7 @@ from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
 from orchestra_jax.toolset import build_toolbox, load_descriptions
 
 BATCHINGS = ("shared_prompt", "packed")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 KL_IN_REWARD = "k1_reward"
 VOCAB_MULTIPLE = 32  # the embedding is padded to it
 
@@ -68,7 +73,9 @@ def build_engine(config: RunConfig, parts: Components, params, version: int) -> 
 def check_config(config: RunConfig) -> None:
     """ValueError for what would else show when the warm start is done, minutes later."""
     choices = {
-        "model": (config.model, MODELS),
+        "compute.dtype": (config.compute.dtype, ("own", *COMPUTE_DTYPES)),
+        "compute.remat": (config.compute.remat, ("own", "none", *REMAT_POLICIES)),
+        "compute.attention": (config.compute.attention, ("own", "auto", *attention.IMPLEMENTATIONS)),
         "engine": (config.engine, ENGINES),
         "grpo.batching": (config.grpo.batching, BATCHINGS),
         "grpo.reward_form": (config.grpo.reward_form, FORMS),
@@ -87,7 +94,8 @@ def check_config(config: RunConfig) -> None:
     needed, there = config.episode.max_tokens, config.jax_engine.max_tokens
     if config.engine == "jax" and needed > there:
         raise ValueError(f"episode.max_tokens {needed} does not fit jax_engine.max_tokens {there}: raise the engine's")
-    longest = MODELS[config.model].max_position
+    check_lora(config.lora)
+    longest = model_shape(config.model).max_position
     if config.episode.max_tokens > longest:
         raise ValueError(
             f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
@@ -103,6 +111,35 @@ def check_config(config: RunConfig) -> None:
             f"checkpoint_every {config.checkpoint_every} must be 1 or more, and grpo.group_size "
             f"{config.grpo.group_size} must be 2 or more: a rollout is compared with the others of its group"
         )
+
+
+def model_shape(model: str) -> ModelConfig:
+    """By name, or of the weights at that path; ValueError for what is neither."""
+    if model in MODELS:
+        return MODELS[model]
+    if not pathlib.Path(model).exists():
+        raise ValueError(f"model {model!r} is not one of {sorted(MODELS)}, and there is no such directory or file")
+    return pretrained.read_model(model)
+
+
+def build_chat_and_model(config: RunConfig) -> tuple[Chat, ModelConfig]:
+    """How messages are written, and the model's shape with that vocabulary.
+
+    ValueError for a tokenizer that is not there, or is not the one that the weights were trained with.
+    """
+    chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
+    shape = model_shape(config.model)
+    vocab_size = shape.vocab_size
+    if config.model in MODELS:
+        vocab_size = -(-chat.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    else:
+        pretrained.check_tokenizer(config.model, vocab_size, chat.tokenizer)
+    chosen = {"compute_dtype": config.compute.dtype, "remat": config.compute.remat}
+    chosen["attention"] = config.compute.attention
+    chosen = {name: value for name, value in chosen.items() if value != "own"}
+    if config.lora.rank:
+        chosen["lora_scale"] = config.lora.alpha / config.lora.rank
+    return chat, dataclasses.replace(shape, vocab_size=vocab_size, **chosen)
 
 
 def _check_mesh(config: RunConfig) -> None:
@@ -229,8 +266,7 @@ def build_components(config: RunConfig) -> Components:
     """ValueError for what `check_config` refuses, and a rendering, tokenizer directory, corpus or endpoints file that
     is not there."""
     check_config(config)
-    chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
-    vocab_size = -(-chat.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    chat, model_config = build_chat_and_model(config)
     documents = load_documents(config.data.corpus_path) if config.data.corpus_path else build_documents()
     account = Account(config.experts.spend_cap_usd)
     descriptions = load_descriptions(config.experts.descriptions_path) if config.experts.descriptions_path else {}
@@ -241,7 +277,7 @@ def build_components(config: RunConfig) -> Components:
     environment = QuestionAnswering(toolbox, config.world.max_calls, config.prompt.rendering == "compact", descriptions)
     return Components(
         chat=chat,
-        model_config=dataclasses.replace(MODELS[config.model], vocab_size=vocab_size),
+        model_config=model_config,
         environment=environment,
         resources=resources,
         account=account,

@@ -11,6 +11,7 @@ import math
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.generation.jax_engine import JaxEngineConfig
+from orchestra_jax.models.lora import LoraConfig
 from orchestra_jax.optimizers import OptimizerConfig
 from orchestra_jax.tools.faults import FaultsConfig
 
@@ -56,6 +57,15 @@ class ToolsConfig:
     limits_path: str = ""  # JSON by tool, see tools.limits.Limits
     recording_directory: str = ""  # outside calls are recorded there; empty: they are not
     recording_mode: str = "record"  # or "replay": nobody is asked
+
+
+@dataclasses.dataclass
+class ComputeConfig:
+    """How the forward pass is computed, where it is not as the model's own config has it."""
+
+    dtype: str = "own"  # of the matrix products
+    remat: str = "own"  # a key of transformer.REMAT_POLICIES, or "none"
+    attention: str = "own"  # a key of attention.IMPLEMENTATIONS, or "auto"
 
 
 @dataclasses.dataclass
@@ -155,7 +165,9 @@ class EvaluationConfig:
 @dataclasses.dataclass
 class RunConfig:
     seed: int = 0
-    model: str = "quickstart"  # a key of models.config.MODELS
+    # A key of models.config.MODELS, with fresh weights; or a Hugging Face directory or GGUF file, whose weights are
+    # trained: prompt.tokenizer_directory is the tokenizer that belongs to them.
+    model: str = "quickstart"
     engine: str = "jax"
     checkpoint_every: int = 50  # GRPO steps
     keep_checkpoints: int = 2
@@ -168,6 +180,8 @@ class RunConfig:
     faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
     jax_engine: JaxEngineConfig = dataclasses.field(default_factory=JaxEngineConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -50,7 +50,7 @@ def recipe_of(name: str) -> Recipe:
 
 def cast_parameters(params, name: str):
     """Parameters as the recipe `name` keeps them."""
-    return _cast(params, recipe_of(name).parameters)
+    return cast_floats(params, recipe_of(name).parameters)
 
 
 def with_precision(optimizer: optax.GradientTransformation, name: str) -> optax.GradientTransformation:
@@ -63,31 +63,31 @@ def with_precision(optimizer: optax.GradientTransformation, name: str) -> optax.
         return optimizer
 
     def init(params):
-        exact = _cast(params, "float32")
+        exact = cast_floats(params, "float32")
         master = exact if recipe.master == "float32" else None
-        return PrecisionState(_cast(optimizer.init(exact), recipe.moments), master, jnp.int32(0))
+        return PrecisionState(cast_floats(optimizer.init(exact), recipe.moments), master, jnp.int32(0))
 
     def update(gradients, state, params):
-        exact = _cast(params, "float32")
+        exact = cast_floats(params, "float32")
         start = exact if state.master is None else state.master
-        inner = _cast(state.inner, "float32")
-        updates, inner = optimizer.update(_cast(gradients, "float32"), inner, start)
+        inner = cast_floats(state.inner, "float32")
+        updates, inner = optimizer.update(cast_floats(gradients, "float32"), inner, start)
         step = state.step + 1
         if recipe.parameters == "float32":
-            return updates, PrecisionState(_cast(inner, recipe.moments), None, step)
+            return updates, PrecisionState(cast_floats(inner, recipe.moments), None, step)
         target = optax.apply_updates(start, updates)
         if recipe.has_stochastic_rounding:
             rounded = _round_stochastically(target, jax.random.fold_in(jax.random.key(0), state.step))
         else:
-            rounded = _cast(target, recipe.parameters)
+            rounded = cast_floats(target, recipe.parameters)
         moves = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, rounded, exact)
         master = None if state.master is None else target
-        return moves, PrecisionState(_cast(inner, recipe.moments), master, step)
+        return moves, PrecisionState(cast_floats(inner, recipe.moments), master, step)
 
     return optax.GradientTransformation(init, update)
 
 
-def _cast(tree, dtype):
+def cast_floats(tree, dtype):
     """Arrays of floats to `dtype`; numbers, counters and keys stay as they are."""
 
     def cast(leaf):

@@ -107,6 +107,23 @@ def config_as_dict(config: object) -> dict[str, object]:
     return json_value(config, "config")
 
 
+def config_from_dict(config: object, values: Mapping[str, object]) -> object:
+    """A copy of the nested dataclass `config` with the values that `config_as_dict` wrote.
+
+    ValueError for a field that only one of the two has: the file is of another version.
+    """
+    names = {field.name for field in dataclasses.fields(config)}
+    if names ^ set(values):
+        raise ValueError(f"fields that only the config or its file has: {sorted(names ^ set(values))}")
+
+    def read(there, value):
+        if dataclasses.is_dataclass(there):
+            return config_from_dict(there, value)
+        return tuple(value) if isinstance(there, tuple) else type(there)(value)
+
+    return dataclasses.replace(config, **{name: read(getattr(config, name), values[name]) for name in names})
+
+
 def json_value(value: object, name: str) -> object:
     """`value` as JSON: dataclasses become dicts, tuples and arrays lists, enums their values, paths strings.
 

@@ -32,10 +32,21 @@ from orchestra_jax.grpo.filters import rollout_facts
 from orchestra_jax.grpo.kl_penalty import reference_kl
 from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_batches
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
-from orchestra_jax.grpo.train_step import TrainState, init_state, place_state, state_axes, train_step
+from orchestra_jax.grpo.train_step import TrainState, init_state, train_step
 from orchestra_jax.metrics import MetricsWriter
+from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.transformer import init_params
-from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
+from orchestra_jax.optimizers import make_optimizer
+from orchestra_jax.policy import (
+    GRPO,
+    WARM_START,
+    abstract_arrays,
+    new_state,
+    on_mesh,
+    start_params,
+    trained_params,
+    whole_params,
+)
 from orchestra_jax.precision import cast_parameters, recipe_of
 from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
 from orchestra_jax.rewards.objectives import objective_vector
@@ -49,7 +60,6 @@ from orchestra_jax.settings import (
     scoring_settings,
     warm_start_shape,
 )
-from orchestra_jax.sharding import make_mesh, mesh_context, shardings
 from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
@@ -91,7 +101,8 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
             progress = warm_start(config, parts, directory)
             save(parts, progress, checkpointer, batches, start_s)
         progress = improve(config, parts, progress, batches, metrics, checkpointer, directory, start_s)
-        summary = evaluate_run(config, parts, progress.state.params, progress.reference_params, directory)
+        trained = played_params(config, parts, progress)
+        summary = evaluate_run(config, parts, trained, progress.reference_params, directory)
     summary["wall_s"] = progress.wall_s + time.monotonic() - start_s
     directory.write_summary(summary)
     return summary
@@ -113,7 +124,10 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
         metrics = stack.enter_context(MetricsWriter(directory.warm_start_path, directory.is_resumed))
         checkpointer = stack.enter_context(Checkpointer(directory.warm_start_path / "checkpoints", max_to_keep=1))
         interrupt = stack.enter_context(interrupt_flag())
-        first_step, state = start_or_restore_warm_start(config, parts, optimizer, checkpointer, batches)
+        params = start_params(config, parts.model_config)
+        base_params = params if config.lora.rank else None
+        first_step, state = start_or_restore_warm_start(config, parts, params, optimizer, checkpointer, batches)
+        del params  # the first step donates them, where they are what is trained
         bar = tqdm(range(first_step, settings.num_steps), "warm start", initial=first_step, total=settings.num_steps)
         for step in bar:
             groups = demonstrate(
@@ -127,31 +141,34 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
             (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
             with on_mesh(config):
                 state, loss = supervised_step(
-                    state, batch, config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk
-                )
+                    state, batch, base_params,
+                    config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk,
+                )  # fmt: skip
             if step % WARM_START_REPORT_EVERY == 0:  # to read the loss is to wait for it
                 metrics.write(step, {"warm_start/loss": float(loss)})
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             if interrupt.is_set:
                 checkpointer.save(step + 1, {"state": state}, {"data_iterator": batches.get_state()})
                 raise KeyboardInterrupt
-    reference_params = jax.tree.map(jnp.copy, state.params)
-    state = new_state(config, parts, state.params, config.grpo.optimizer, grpo_optimizer(config.grpo))
+    with on_mesh(config):
+        params = whole_params(parts.model_config, state.params, base_params)
+    # Without factors the next step donates the buffers.
+    reference_params = params if config.lora.rank else jax.tree.map(jnp.copy, params)
+    trained = trained_params(config, params, config.grpo.optimizer, GRPO)
+    state = new_state(config, parts.model_config, trained, grpo_optimizer(config.grpo))
     return Progress(state, reference_params, 0, 0.0, initial_multipliers(scoring_settings(config).budgets))
 
 
-def start_or_restore_warm_start(config: RunConfig, parts: Components, optimizer, checkpointer, batches):
-    """(steps done, TrainState): fresh parameters, or those of an interrupted warm start with `batches` set behind it."""
+def start_or_restore_warm_start(config: RunConfig, parts: Components, params, optimizer, checkpointer, batches):
+    """(steps done, TrainState): `params` untrained, or an interrupted warm start, with `batches` set behind it."""
     settings, step = config.warm_start.optimizer, checkpointer.latest_step()
     if step is None:
-        params = init_params(parts.model_config, jax.random.key(config.seed))
-        return 0, new_state(config, parts, params, settings, optimizer)
-
-    def initial():
-        params = init_params(parts.model_config, jax.random.key(0))
-        return {"state": init_state(cast_parameters(params, settings.precision), optimizer)}
-
-    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts, jax.eval_shape(initial)))
+        trained = trained_params(config, params, settings, WARM_START)
+        return 0, new_state(config, parts.model_config, trained, optimizer)
+    shapes = jax.eval_shape(
+        lambda: {"state": init_state(trained_params(config, params, settings, WARM_START), optimizer)}
+    )
+    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts.model_config, shapes))
     batches.set_state(host["data_iterator"])
     return step, arrays["state"]
 
@@ -169,7 +186,7 @@ def improve(
     """GRPO from `progress.step` on. KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
     shape = batch_shape(config)
-    engine = build_engine(config, parts, progress.state.params, version=progress.step)
+    engine = build_engine(config, parts, played_params(config, parts, progress), version=progress.step)
     bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)
     with interrupt_flag() as interrupt:
         for step in bar:
@@ -185,7 +202,7 @@ def improve(
             updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
             losses = take_optimizer_steps(config, parts, progress, updates, optimizer)
-            asyncio.run(engine.update_weights(progress.state.params, step + 1))
+            asyncio.run(engine.update_weights(played_params(config, parts, progress), step + 1))
             raise_multipliers(config, parts, progress, collected.first_groups)
             progress.step = step + 1
             clock.append(time.monotonic())
@@ -261,6 +278,7 @@ def take_optimizer_steps(
                 config=parts.model_config, settings=loss_settings(config),
                 optimizer=optimizer, num_updates=settings.num_updates,
                 gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
+                base_params=progress.reference_params if config.lora.rank else None,
             )  # fmt: skip
         losses.append(some)
     return losses
@@ -296,17 +314,11 @@ def split_into_updates(
     ]
 
 
-def on_mesh(config: RunConfig):
-    """The context of an update: the mesh that `config.mesh` describes, or nothing for a single device."""
-    sizes = dataclasses.asdict(config.mesh)
-    return mesh_context(make_mesh(sizes)) if max(sizes.values()) > 1 else contextlib.nullcontext()
-
-
-def new_state(config: RunConfig, parts: Components, params, settings: OptimizerConfig, optimizer) -> TrainState:
-    """A state that has taken no step, in the dtypes of its precision recipe, on the devices of the mesh."""
-    state = init_state(cast_parameters(params, settings.precision), optimizer)
-    with on_mesh(config) as mesh:
-        return state if mesh is None else place_state(state, parts.model_config, mesh)
+def played_params(config: RunConfig, parts: Components, progress: Progress):
+    """The policy as plain weights: what the engine samples from."""
+    with on_mesh(config):
+        base_params = progress.reference_params if config.lora.rank else None
+        return whole_params(parts.model_config, progress.state.params, base_params)
 
 
 def grpo_optimizer(settings: GrpoConfig):
@@ -340,28 +352,23 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
     if step is None:
         return None
 
-    def initial():
-        params = init_params(parts.model_config, jax.random.key(0))
-        reference_params = cast_parameters(params, config.warm_start.optimizer.precision)
-        params = cast_parameters(reference_params, config.grpo.optimizer.precision)
-        return {"state": init_state(params, grpo_optimizer(config.grpo)), "reference_params": reference_params}
-
-    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts, jax.eval_shape(initial)))
+    arrays, host = checkpointer.restore(step, saved_arrays(config, parts.model_config))
     batches.set_state(host["data_iterator"])
     parts.account.set_state(host["account"])
     return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
 
 
-def abstract_arrays(config: RunConfig, parts: Components, shapes):
-    """`shapes`, a tree that holds states or parameters, each array with its place on the devices of the run."""
-    with on_mesh(config) as mesh:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        places = jax.tree.map(lambda leaf: device, shapes)
-        if mesh is not None:
-            places = shardings(state_axes(shapes, parts.model_config), mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
-    )
+def saved_arrays(config: RunConfig, model_config: ModelConfig):
+    """Shapes, dtypes and places of what a checkpoint holds."""
+
+    def initial():
+        params = init_params(model_config, jax.random.key(0))
+        trained = trained_params(config, params, config.grpo.optimizer, GRPO)
+        if not config.lora.rank:
+            params = cast_parameters(params, config.warm_start.optimizer.precision)
+        return {"state": init_state(trained, grpo_optimizer(config.grpo)), "reference_params": params}
+
+    return abstract_arrays(config, model_config, jax.eval_shape(initial))
 
 
 class Interrupt:

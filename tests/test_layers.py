@@ -50,9 +50,10 @@ ROWS = (
         "checkpoints",
     ),
     ("environments",),
-    ("demonstrations", "config", "toolset", "components", "settings", "rollout_metrics", "collection"),
+    ("demonstrations", "config", "toolset", "components", "settings", "policy", "rollout_metrics", "collection"),
     ("data.synthesis", "evaluation"),
     ("training",),
+    ("export",),
 )
 
 JAX_FREE = (

@@ -38,7 +38,9 @@ class MicroBatch(NamedTuple):
     loss_mask_BC: np.ndarray  # bool
     sampler_logprobs_BC: np.ndarray  # float32
     advantages_B: np.ndarray  # float32
-    shared_columns_PS: np.ndarray | None = None  # int32: of the prefix row, each predicts one shared target; None: S = 0
+    shared_columns_PS: np.ndarray | None = (
+        None  # int32: of the prefix row, each predicts one shared target; None: S = 0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -52,14 +53,22 @@ _WORDS = (
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens that are no part of the BPE
 
 
-def convert(path: str | pathlib.Path, directory: str | pathlib.Path) -> None:
-    """Writes the model in the GGUF file `path` to `directory`, in bfloat16.
+class GgufFile(NamedTuple):
+    reader: object  # gguf.GGUFReader: maps the file, reads no weights
+    fields: dict[str, object]
+    config: ModelConfig
 
-    ValueError for a file that is no GGUF, an architecture, rope scaling, tensor or tokenizer that is not supported, and
-    a directory that holds weights already.
+
+def open_file(path: str | pathlib.Path) -> GgufFile:
+    """The header of the GGUF file `path`.
+
+    ValueError for a file that is no GGUF, an architecture or rope scaling that is not supported, and if the package
+    `gguf` is not there.
     """
-    import gguf  # an extra: only this conversion needs it
-
+    try:
+        import gguf  # an extra: only these files need it
+    except ImportError as error:
+        raise ValueError(f"{path}: reading GGUF needs the package gguf: pip install 'orchestra_jax[gguf]'") from error
     try:
         reader = gguf.GGUFReader(str(path))
     except (OSError, ValueError) as error:
@@ -69,6 +78,18 @@ def convert(path: str | pathlib.Path, directory: str | pathlib.Path) -> None:
     config = read_config(
         path, fields, is_tied="output.weight" not in names, has_scaled_rope="rope_freqs.weight" in names
     )
+    return GgufFile(reader, fields, config)
+
+
+def convert(path: str | pathlib.Path, directory: str | pathlib.Path) -> None:
+    """Writes the model in the GGUF file `path` to `directory`, in bfloat16.
+
+    ValueError as `open_file`, for a tensor or tokenizer that is not supported, and a directory that holds weights
+    already.
+    """
+    reader, fields, config = open_file(path)
+    import gguf
+
     tokenizer = build_tokenizer(path, fields)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:

@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import shutil
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -120,22 +121,23 @@ def save_pretrained(
     directory: str | pathlib.Path,
     source_directory: str | pathlib.Path = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    token_ids: Mapping[str, object] = types.MappingProxyType({}),
 ) -> None:
     """Writes config.json and safetensors, which transformers and SGLang load.
 
     source_directory: where the model came from; its tokenizer, its generation settings and its ids of special tokens
-    are carried over. Without one the new directory has none. Host memory: one shard. ValueError if the directory holds
-    weights already, or parameters are of another dtype than the config says.
+    are carried over. Without one the new directory has none, but for `token_ids`, by the name in config.json. Host
+    memory: one shard. ValueError if the directory holds weights already, or parameters are of another dtype than the
+    config says.
     """
     other = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {model.config.parameter_dtype}
     if other:
         raise ValueError(
             f"parameters are {sorted(other)} and parameter_dtype is {model.config.parameter_dtype!r}: make them equal"
         )
-    token_ids = {}
     if source_directory:
         fields = read_fields(source_directory)
-        token_ids = {name: fields[name] for name in TOKEN_IDS if name in fields}
+        token_ids = {**token_ids} | {name: fields[name] for name in TOKEN_IDS if name in fields}
     write_directory(model.config, _theirs(model.config, _flat(params)), directory, token_ids, max_shard_bytes)
     for name in COPIED_FILES if source_directory else ():
         if (pathlib.Path(source_directory) / name).is_file():

@@ -14,6 +14,7 @@ Legend: L layers, I dims in, O dims out, R rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -93,10 +94,17 @@ def merge(base, factors, scale: float):
     layers = {name: dict(part) for name, part in base["layers"].items()}
     for part, those in factors["layers"].items():
         for name in sorted(each.removesuffix("_a") for each in those if each.endswith("_a")):
-            weight, a, b = layers[part][name], those[f"{name}_a"], those[f"{name}_b"]
-            product_LIO = jnp.matmul(
-                a.astype(jnp.float32).reshape(len(a), -1, a.shape[-1]),
-                b.astype(jnp.float32).reshape(*b.shape[:2], -1),
-            )
-            layers[part][name] = (weight + scale * product_LIO.reshape(weight.shape)).astype(weight.dtype)
+            layers[part][name] = _with_product(layers[part][name], those[f"{name}_a"], those[f"{name}_b"], scale)
     return {**base, "layers": layers}
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _with_product(weights, a, b, scale):
+    """Layer by layer: the product of all layers in float32 would be twice the weights in bfloat16."""
+
+    def add(layer):
+        weight, a, b = layer
+        a_IR, b_RO = (x.astype(jnp.float32) for x in (a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)))
+        return (weight + scale * jnp.matmul(a_IR, b_RO).reshape(weight.shape)).astype(weight.dtype)
+
+    return jax.lax.map(add, (weights, a, b))

@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from experiments import import_gguf
-from orchestra_jax.models import gguf_file, huggingface, huggingface_config
+from orchestra_jax.models import gguf_file, huggingface, huggingface_config, pretrained
 from orchestra_jax.models.config import RopeScaling
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -81,7 +82,10 @@ def test_weights_config_and_tokenizer_come_back(family, golden, tmp_path):
     assert converted.keys() == tensors.keys()
     for name, array in tensors.items():
         np.testing.assert_array_equal(converted[name], array.astype(ml_dtypes.bfloat16))
-    huggingface.load_pretrained(tmp_path / "out")
+    _, params = huggingface.load_pretrained(tmp_path / "out")
+    assert pretrained.read_model(str(file)) == read
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load_params(str(file), None), params)
+    assert pretrained.read_vocabulary(str(file)) == pretrained.read_vocabulary(str(tmp_path / "out"))
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.encode("abc<3>").tokens == ["ab", "c", "<3>"]
     assert tokenizer.decode([26, 2, 30], skip_special_tokens=True) == "abc"
