@@ -17,10 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from orchestra_jax.models import blockwise_attention, fused_attention
+
 MASKED_SCORE = -1e30  # finite: a fully masked block gives weights of 0 after the shared maximum, never NaN
 NO_SEGMENT = -1  # of a key that no token sees
 BEFORE_ALL = -1  # the position of a key that every token of its segment sees
-QUERY_CHUNK = 256  # queries that "chunked" scores at a time
+QUERY_CHUNK, KEY_CHUNK = 256, 512  # that "chunked" scores at a time
 CHUNKED_FROM = 2048 * 2048  # scores of a head from which on "auto" no longer holds all of them at once
 
 
@@ -86,10 +88,14 @@ def attend(q_BTNH, blocks, implementation="auto"):
 
 def choose(q_BTNH, blocks, platform):
     """The implementation that "auto" stands for: by platform, dtype, and how many scores there are."""
-    num_scores = q_BTNH.shape[1] * sum(block.keys_CKHS.shape[-1] for block in blocks)
-    if platform == "gpu" and len(blocks) == 1 and q_BTNH.shape[1] > 1 and q_BTNH.dtype.itemsize == 2:
+    num_tokens, head_dim = q_BTNH.shape[1], q_BTNH.shape[-1]
+    num_scores = num_tokens * sum(block.keys_CKHS.shape[-1] for block in blocks)
+    has_own_keys_alone = len(blocks) == 1 and blocks[0].keys_CKHS.shape[-1] == num_tokens > 1
+    if platform == "gpu" and has_own_keys_alone and q_BTNH.dtype.itemsize == 2:
         return "cudnn"
-    return "chunked" if q_BTNH.shape[1] > QUERY_CHUNK and num_scores >= CHUNKED_FROM else "xla"
+    if platform == "tpu" and has_own_keys_alone and num_scores >= CHUNKED_FROM and head_dim % fused_attention.TILE == 0:
+        return "splash"
+    return "chunked" if num_tokens > QUERY_CHUNK and num_scores >= CHUNKED_FROM else "xla"
 
 
 def _attend_xla(q_BTNH, blocks):
@@ -140,45 +146,15 @@ def _masked_scores(q_BTNH, block):
 
 
 def _attend_chunked(q_BTNH, blocks):
-    """Queries go by in chunks, in the backward pass again: scores and masks of chunk x S, never of T x S."""
-    num_tokens = q_BTNH.shape[1]
-    width = min(QUERY_CHUNK, num_tokens)
-
-    def split(x_BT, fill):
-        """[B, T, ...] -> [chunks, B, width, ...]"""
-        padding = [(0, 0), (0, -num_tokens % width)] + [(0, 0)] * (x_BT.ndim - 2)
-        padded_BT = jnp.pad(x_BT, padding, constant_values=fill)
-        return jnp.moveaxis(padded_BT.reshape(len(x_BT), -1, width, *x_BT.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def attend_chunk(q_BWNH, queries, blocks):
-        own = [
-            block._replace(
-                visibility=block.visibility._replace(query_segments_BT=segments, query_positions_BT=positions)
-            )
-            for block, (segments, positions) in zip(blocks, queries, strict=True)
-        ]
-        return _attend_xla(q_BWNH, own)
-
-    # The queries behind the last one see nothing: the mean of all values, finite, and cut off below.
-    queries = [(split(each[0], NO_SEGMENT - 1), split(each[1], 0)) for *_, each in blocks]
-    out = jax.lax.map(lambda chunk: attend_chunk(*chunk, blocks), (split(q_BTNH, 0), queries))
-    return jnp.moveaxis(out, 0, 1).reshape(len(q_BTNH), -1, *q_BTNH.shape[2:])[:, :num_tokens]
+    """A tile of queries and keys at a time, backward again: no scores or masks of T x S, nor of chunk x S."""
+    sizes = blockwise_attention.Sizes(QUERY_CHUNK, KEY_CHUNK)
+    return blockwise_attention.attend(sizes, q_BTNH, blocks)
 
 
-def _attend_cudnn(q_BTNH, blocks):
-    """NVIDIA's fused kernel, packed rows by a mask (which it reads as a bias of T x S; the scores stay on the chip)."""
-    if len(blocks) > 1 or q_BTNH.dtype.itemsize != 2:
-        raise ValueError(
-            f'attention "cudnn" over {len(blocks)} blocks of keys in {q_BTNH.dtype}: it takes one, without a cache, in '
-            'bfloat16 or float16; choose "auto"'
-        )
-    (block,) = blocks
-    num_repeats = q_BTNH.shape[0] // block.keys_CKHS.shape[0]
-    keys_BSKH = jnp.repeat(jnp.moveaxis(block.keys_CKHS, -1, 1), num_repeats, axis=0)
-    values_BSKH = jnp.repeat(jnp.moveaxis(block.values_CKSH, 2, 1), num_repeats, axis=0)
-    mask_B1TS = block.visibility.mask_BTS()[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, implementation="cudnn")
-
-
-IMPLEMENTATIONS = {"xla": _attend_xla, "chunked": _attend_chunked, "cudnn": _attend_cudnn}
+IMPLEMENTATIONS = {
+    "xla": _attend_xla,
+    "chunked": _attend_chunked,
+    "cudnn": fused_attention.attend_cudnn,
+    "pallas": fused_attention.attend_pallas,
+    "splash": fused_attention.attend_splash,
+}
