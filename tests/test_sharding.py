@@ -48,7 +48,7 @@ from orchestra_jax import sharding
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.train_step import LossSettings, init_state, place_state, state_axes, train_step
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
-from orchestra_jax.models import huggingface, kv_cache, logprobs, transformer
+from orchestra_jax.models import attention, huggingface, kv_cache, logprobs, lora, transformer
 from orchestra_jax.models.config import MODELS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -120,6 +120,36 @@ for sizes in MESHES:
     num_split = sum(not x.sharding.is_fully_replicated for x in moments(state))
     assert num_split == (0 if sizes == {"data": 4} else 2 * 9), num_split
 assert len(moments(expected_state)) == 2 * len(jax.tree.leaves(params))
+
+# Attention by tiles, and factors on a frozen base: over all axes but those that the lengths do not divide.
+attention.QUERY_CHUNK, attention.KEY_CHUNK = 4, 4
+tiled = dataclasses.replace(config, attention="chunked", lora_scale=2.0)
+lora_config = lora.LoraConfig(rank=2)
+base = transformer.init_params(config, jax.random.key(0))
+factors = jax.tree.map(lambda x: x + 0.1, lora.init_lora(lora_config, base, jax.random.key(1)))
+def one_lora_step(run_config, mesh):
+    state = init_state(jax.tree.map(jnp.copy, factors), optimizer)
+    frozen = base
+    if mesh is not None:
+        state = place_state(state, run_config, mesh)
+        frozen = sharding.place(base, sharding.shardings(transformer.logical_axes(run_config), mesh))
+    return train_step(
+        state, [batch], 0.9, frozen, 0.1, config=run_config, settings=settings, optimizer=optimizer, num_updates=1,
+        base_params=frozen,
+    )
+expected_state, expected_metrics = one_lora_step(dataclasses.replace(tiled, attention="xla"), None)
+for sizes in MESHES[:3]:
+    mesh = sharding.make_mesh(sizes)
+    with sharding.mesh_context(mesh):
+        state, metrics = one_lora_step(tiled, mesh)
+    layout = sharding.shardings(state_axes(state, config), mesh)
+    for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim), (x.shape, x.sharding, place)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, atol=1e-4, err_msg=name)
+    for x, y in zip(moments(state), moments(expected_state), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-3)
+    assert not state.params["layers"]["attention"]["query_b"].sharding.is_fully_replicated
 
 directory = os.environ["GOLDEN"]
 _, whole = huggingface.load_pretrained(directory)
