@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "mendeleev==0.6.1",  # later ones pin pyfiglet away from reasoning-gym's pin; only its SQLite table is read
     "bm25s>=0.3",
     "jsonschema>=4.20",
+    "pydantic>=2.7",
     "openai>=2.8",
     "httpx2>=2.0",  # what openai speaks HTTP with; web search does too
     "tqdm>=4.66",
