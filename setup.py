@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
     "tools": TOOLS,
     "parity": ["torch==2.13.0"],  # makes the golden files that the default tests read
     "gguf": GGUF,
+    "tau2": ["inspect-evals==0.26.0"],  # data and tools of tau2-bench; an environment of its own serves as well
     "constraints": CONSTRAINTS,
     "cuda": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],

@@ -118,6 +118,14 @@ class Database:
             raise AttributeError(f"the database has no field {name!r}: it has {sorted(self.base.fields)}")
         return Table(self, name) if name in self.base.tables else self._take((name, _WHOLE))
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name.startswith("_") or name in ("base", "touched"):
+            object.__setattr__(self, name, value)
+        elif name in self.base.fields and name not in self.base.tables:
+            self._open[name, _WHOLE] = value
+        else:
+            raise AttributeError(f"the database has no field {name!r} that can be set as a whole")
+
     @property
     def changes(self) -> dict[Key, object | None]:
         """What the episode has changed, by table and id; None for an entry that is gone."""

@@ -16,23 +16,11 @@ def _refuse(self, *_, **__):
     raise TypeError(f"this {type(self).__name__} is shared by all episodes: take the entry from its table by its key")
 
 
-_WRITING = "append extend insert pop popitem remove clear sort reverse update setdefault".split()
-_OPERATORS = "__setitem__ __delitem__ __iadd__ __imul__ __ior__".split()
-
-
-def _guarded(name: str, kind: type) -> type:
-    refusals = {method: _refuse for method in (*_WRITING, *_OPERATORS) if hasattr(kind, method)}
-    return type(name, (kind,), {**refusals, "__slots__": ()})
-
-
-FrozenList = _guarded("FrozenList", list)
-FrozenDict = _guarded("FrozenDict", dict)
-
-
 @functools.cache
 def _frozen_model(model: type[BaseModel]) -> type[BaseModel]:
     """A subclass whose instances refuse to be written; the same data, methods and isinstance."""
-    guards = {"__setattr__": _refuse, "__delattr__": _refuse, "__module__": model.__module__}
+    copies = {"__copy__": thaw, "__deepcopy__": lambda self, memo=None: thaw(self)}
+    guards = {"__setattr__": _refuse, "__delattr__": _refuse, "__module__": model.__module__, **copies}
     frozen = type(model)(model.__name__, (model,), guards)
     frozen.thawed_model = model
     return frozen
@@ -86,6 +74,20 @@ def thaw(value):
     if isinstance(value, tuple):
         return tuple(map(thaw, value))
     return value
+
+
+_WRITING = "append extend insert pop popitem remove clear sort reverse update setdefault".split()
+_OPERATORS = "__setitem__ __delitem__ __iadd__ __imul__ __ior__".split()
+
+
+def _guarded(name: str, kind: type) -> type:
+    refusals = {method: _refuse for method in (*_WRITING, *_OPERATORS) if hasattr(kind, method)}
+    copies = {"copy": thaw, "__copy__": thaw, "__deepcopy__": lambda self, memo: thaw(self)}
+    return type(name, (kind,), {**refusals, **copies, "__slots__": ()})
+
+
+FrozenList = _guarded("FrozenList", list)
+FrozenDict = _guarded("FrozenDict", dict)
 
 
 def is_same(first, second) -> bool:

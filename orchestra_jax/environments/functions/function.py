@@ -46,6 +46,7 @@ class Function:
     parameters_schema: dict[str, object]
     call: Callable[[Database, dict[str, object]], object] = dataclasses.field(repr=False)
     is_write: bool = False
+    summarize: Callable[[str], str] = str  # the result in a word or two, for policies with short prompts
 
     @property
     def schema(self) -> dict[str, object]:
@@ -54,7 +55,7 @@ class Function:
         return {"type": "function", "function": function}
 
 
-def make_function(function: Callable, *, is_write: bool) -> Function:
+def make_function(function: Callable, *, is_write: bool, summarize: Callable[[str], str] = str) -> Function:
     """The `Function` that a plain Python function describes. ValueError for one without docstring or types."""
     name = function.__name__
     hints = typing.get_type_hints(function, include_extras=True)
@@ -79,7 +80,7 @@ def make_function(function: Callable, *, is_write: bool) -> Function:
         return function(database, **given.__dict__)
 
     description = " ".join(inspect.cleandoc(function.__doc__).split())
-    return Function(name, description, _without_titles(arguments_model.model_json_schema()), call, is_write)
+    return Function(name, description, _without_titles(arguments_model.model_json_schema()), call, is_write, summarize)
 
 
 def run_function(
