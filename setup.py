@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "mendeleev==0.6.1",  # later ones pin pyfiglet away from reasoning-gym's pin; only its SQLite table is read
     "bm25s>=0.3",
     "jsonschema>=4.20",
+    "pydantic>=2.7",
     "openai>=2.8",
     "httpx2>=2.0",  # what openai speaks HTTP with; web search does too
     "tqdm>=4.66",
@@ -36,6 +37,7 @@ EXTRAS_REQUIRE = {
     "tools": TOOLS,
     "parity": ["torch==2.13.0"],  # makes the golden files that the default tests read
     "gguf": GGUF,
+    "tau2": ["inspect-evals==0.26.0"],  # data and tools of tau2-bench; an environment of its own serves as well
     "constraints": CONSTRAINTS,
     "cuda": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],

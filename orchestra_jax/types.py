@@ -66,6 +66,7 @@ class Reason(enum.StrEnum):
     NO_CONNECTION = "no_connection"  # none was made, or it was cut
     UNREADABLE = "unreadable"  # a reply that is no JSON, or has nothing in it
     NOT_RECORDED = "not_recorded"
+    BROKEN_FUNCTION = "broken_function"  # a function of a domain that raised, looped or returned what is no JSON
     INJECTED = "injected"  # a fault on demand
 
 

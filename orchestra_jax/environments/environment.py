@@ -1,6 +1,7 @@
 """What an environment is: it opens an episode with a prompt, offers tools, and says what the episode was worth.
 
-The loop itself is `rollout.run_episode`; an environment holds no state of an episode.
+The loop itself is `rollout.run_episode`; an environment holds no state of an episode: what one has changed lives in
+what `open` returns, which the loop hands to the tools and back to `objectives`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ class Environment(Protocol):
     max_calls: int
     toolbox: Toolbox
 
+    def open(self, instance: Instance) -> object:
+        """The state of a new episode; None where calls change nothing."""
+        ...
+
     def prompt(self, instance: Instance) -> tuple[Sequence[Message], Sequence[dict]]:
         """The opening messages and the tools as JSON schemas in the OpenAI function format."""
         ...
@@ -30,7 +35,7 @@ class Environment(Protocol):
         ...
 
     def objectives(
-        self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals
+        self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals, state: object
     ) -> dict[str, float]:
         """Unweighted values by objective name."""
         ...

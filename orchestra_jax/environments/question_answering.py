@@ -141,6 +141,9 @@ class QuestionAnswering:
         self._is_compact = is_compact
         self._descriptions = dict(descriptions or {})
 
+    def open(self, instance: Instance) -> None:
+        """Calls change nothing that outlives them."""
+
     def prompt(self, instance: Instance) -> tuple[Sequence[Message], Sequence[dict]]:
         user = Message("user", render_user_text(instance, has_table=self._is_compact))
         if self._is_compact:
@@ -154,7 +157,7 @@ class QuestionAnswering:
         return summary if self._is_compact else text
 
     def objectives(
-        self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals
+        self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals, state: None = None
     ) -> dict[str, float]:
         # A call that was refused used nobody.
         disallowed = sum(is_disallowed(instance, each.call) for each in calls if each.status == CallStatus.OK)

@@ -91,6 +91,7 @@ class Episode:
     ledger: Ledger
     calls: list[CallRecord]
     evidence: Evidence
+    state: object = None  # the environment's own
     answer: str | None = None
     num_malformed: int = 0
 
@@ -115,7 +116,9 @@ async def run_episode(
             f"the prompt of {instance.instance_id} has {len(prompt_tokens)} tokens and max_tokens is "
             f"{config.max_tokens}: raise rollout.max_tokens"
         )
-    episode = Episode(TokenStream(prompt_tokens), len(prompt_tokens), Ledger(), [], Evidence())
+    episode = Episode(
+        TokenStream(prompt_tokens), len(prompt_tokens), Ledger(), [], Evidence(), environment.open(instance)
+    )
     session_id = f"{instance.instance_id}#{rollout_index}"
     status = None
     while status is None:
@@ -131,7 +134,7 @@ async def run_episode(
         receipts=episode.ledger.receipts,
         status=status,
         answer=answer or "",
-        objectives=environment.objectives(instance, episode.calls, answer, totals),
+        objectives=environment.objectives(instance, episode.calls, answer, totals, episode.state),
     )
 
 
@@ -141,7 +144,10 @@ class _RunningCalls:
     def __init__(self, episode: Episode, instance, rollout_index, environment, chat, config):
         self._toolbox, self._chat, self._config = environment.toolbox, chat, config
         self._num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
-        self._episode, self._context = episode, ToolContext(instance, rollout_index, episode.evidence)
+        self._episode, self._context = (
+            episode,
+            ToolContext(instance, rollout_index, episode.evidence, state=episode.state),
+        )
         self.calls: list[ToolCall] = []
         self._tasks: list[asyncio.Task[ToolResult]] = []
 

@@ -35,7 +35,7 @@ class ToolContext:
     """What a call may know besides its arguments: the instance, which rollout of it this is, the evidence so far.
 
     `call_number` counts the episode's calls from 0, `attempt` the toolbox's attempts at this one from 1. `allowance` is
-    what the turn may still use; None: no limit.
+    what the turn may still use; None: no limit. `state` is what the environment opened the episode with.
     """
 
     instance: Instance
@@ -44,6 +44,7 @@ class ToolContext:
     call_number: int = 0
     attempt: int = 1
     allowance: Allowance | None = None
+    state: object = None
 
 
 @dataclasses.dataclass(frozen=True)
