@@ -4,6 +4,7 @@
         --spend_cap_usd=1
 
 `endpoints.json` is what `--config.experts.endpoints_path` takes; experts without an endpoint are the simulated ones.
+With `--pool=TRAINING`, say, the models of that pool of configs/catalog.py are described.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from absl import app, flags
 _ENDPOINTS = flags.DEFINE_string("endpoints", None, "Endpoints by model, JSON.", required=True)
 _WRITER = flags.DEFINE_string("writer", None, "The model with an endpoint that writes.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write: descriptions by model.", required=True)
+_POOL = flags.DEFINE_string("pool", "", "A pool of configs/catalog.py; empty: the experts of the quickstart.")
 _NUM_TASKS = flags.DEFINE_integer("num_tasks", 10, "Tasks that each expert is given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampled tasks.")
 _CAP = flags.DEFINE_float("spend_cap_usd", 0.0, "Real money that this may spend.")
@@ -31,28 +33,34 @@ def main(_):
 
 
 async def describe_all() -> dict[str, str]:
+    from configs import catalog
     from orchestra_jax.data.questions import build_tasks
     from orchestra_jax.data.records import Offer
-    from orchestra_jax.experts.catalog import EXPERTS
+    from orchestra_jax.experts.catalog import Pool
     from orchestra_jax.experts.descriptions import describe
     from orchestra_jax.experts.endpoint import load_endpoints
     from orchestra_jax.experts.simulated import SimulatedExperts
-    from orchestra_jax.experts.world import WorldConfig
+    from orchestra_jax.experts.world import WorldConfig, expert_names, model_names
     from orchestra_jax.tools.budget import Account
 
+    pools = {name: value for name, value in vars(catalog).items() if isinstance(value, Pool)}
+    if _POOL.value and _POOL.value not in pools:
+        raise ValueError(f"the pool {_POOL.value!r} is not one of {sorted(pools)}")
+    pool = pools.get(_POOL.value, Pool())
+    world = WorldConfig(training_pool=pool, evaluation_pool=pool)
     account = Account(_CAP.value)
-    endpoints = load_endpoints(_ENDPOINTS.value, account)
+    endpoints = load_endpoints(_ENDPOINTS.value, model_names(world), account)
     if _WRITER.value not in endpoints:
         raise ValueError(f"the writer {_WRITER.value!r} has no endpoint: choose one of {sorted(endpoints)}")
-    simulated = SimulatedExperts(WorldConfig())
+    simulated = SimulatedExperts(world)
     tasks = build_tasks("train", 20, _SEED.value)
     descriptions = {}
-    for entry in EXPERTS:
-        offer = Offer(entry.alias, entry.model, entry.is_local, 0.0, 0.0, 1.0)
-        expert, writer = endpoints.get(entry.model, simulated), endpoints[_WRITER.value]
+    for alias, model in zip(expert_names(world), model_names(world)):
+        offer = Offer(alias, model, False, 0.0, 0.0, 1.0)
+        expert, writer = endpoints.get(model, simulated), endpoints[_WRITER.value]
         made = await describe(offer, expert, tasks, writer, _SEED.value, _NUM_TASKS.value)
-        descriptions[entry.model] = made.text
-        print(f"{entry.model}: {made.num_solved} of {made.num_tasks} right, ${account.spent_usd:.4f} spent so far")
+        descriptions[model] = made.text
+        print(f"{model}: {made.num_solved} of {made.num_tasks} right, ${account.spent_usd:.4f} spent so far")
     for endpoint in endpoints.values():
         await endpoint.close()
     return descriptions

@@ -28,14 +28,13 @@ from orchestra_jax.evaluation.baselines import scores
 from orchestra_jax.evaluation.oracle import (
     ANSWER,
     EVIDENCE_TOOLS,
-    NUM_EXPERTS,
     Charges,
     evaluate,
     make_charges,
     optimal_policy,
     random_policy,
 )
-from orchestra_jax.experts.catalog import ROLES
+from orchestra_jax.experts.catalog import EXPERTS, ROLES
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.grpo.filters import RolloutFacts
 from orchestra_jax.grpo.loss import AGGREGATIONS, rollouts_of
@@ -73,7 +72,7 @@ def softmax(logits):
 
 def offered_columns(charges: Charges) -> np.ndarray:
     """[I, O]: the experts on offer, in catalog order."""
-    return np.array([np.flatnonzero(row) for row in charges.is_offered_IE])
+    return np.array([np.flatnonzero(row) for row in charges.is_offered_TIE[ANSWER]])
 
 
 def play(charges: Charges, logits_INA: np.ndarray, group_size: int, rng: np.random.Generator) -> Play:
@@ -149,10 +148,10 @@ def ascend(logits_INA, played: Play, kept, advantages_KG, rate, kl_coefficient, 
 def table_policy(charges: Charges, logits_INA: np.ndarray):
     """The softmax of the table as an `oracle.Policy`."""
     columns_IO = offered_columns(charges)
-    slot_IE = np.zeros((len(columns_IO), NUM_EXPERTS), int)
+    slot_IE = np.zeros((len(columns_IO), len(EXPERTS)), int)
     np.put_along_axis(slot_IE, columns_IO, np.arange(NUM_OFFERED)[None, :], axis=1)
     rows_I = np.arange(len(columns_IO))
-    catalog_action_IA = np.concatenate([tool * NUM_EXPERTS + columns_IO for tool in range(len(ROLES))], axis=1)
+    catalog_action_IA = np.concatenate([tool * len(EXPERTS) + columns_IO for tool in range(len(ROLES))], axis=1)
 
     def policy(node, legal_IA, believed_IA):
         node_I = np.zeros(len(rows_I), int)  # what it is for instances that do not offer the experts: never reached

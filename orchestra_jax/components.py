@@ -19,6 +19,7 @@ from orchestra_jax.data.questions import build_tasks
 from orchestra_jax.data.records import Preference, Task
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
+from orchestra_jax.experts.world import check_pools
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
@@ -34,8 +35,9 @@ from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.preference import FORMS
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
-from orchestra_jax.toolset import build_toolbox, load_descriptions
+from orchestra_jax.toolset import build_judge, build_toolbox, load_descriptions
 
+OUTCOMES = ("computed", "judged")
 BATCHINGS = ("shared_prompt", "packed")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 KL_IN_REWARD = "k1_reward"
@@ -77,6 +79,7 @@ def check_config(config: RunConfig) -> None:
         "compute.remat": (config.compute.remat, ("own", "none", *REMAT_POLICIES)),
         "compute.attention": (config.compute.attention, ("own", "auto", *attention.IMPLEMENTATIONS)),
         "engine": (config.engine, ENGINES),
+        "experts.outcome": (config.experts.outcome, OUTCOMES),
         "grpo.batching": (config.grpo.batching, BATCHINGS),
         "grpo.reward_form": (config.grpo.reward_form, FORMS),
         "grpo.range_rule": (config.grpo.range_rule, RANGE_RULES),
@@ -100,6 +103,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
         )
+    check_pools(config.world)
     _check_mesh(config)
     for name, optimizer in (("warm_start", config.warm_start.optimizer), ("grpo", config.grpo.optimizer)):
         check_optimizer(optimizer, f"{name}.optimizer")
@@ -273,8 +277,10 @@ def build_components(config: RunConfig) -> Components:
     with contextlib.ExitStack() as opened:
         sandbox = opened.enter_context(PythonSandbox(isolation=config.tools.isolation))
         toolbox = build_toolbox(config, documents, sandbox, account, opened)
+        judge = build_judge(config, account)
         resources = opened.pop_all()  # a mistake before this line closes what was opened
-    environment = QuestionAnswering(toolbox, config.world.max_calls, config.prompt.rendering == "compact", descriptions)
+    is_compact = config.prompt.rendering == "compact"
+    environment = QuestionAnswering(toolbox, config.world.max_calls, is_compact, descriptions, judge)
     return Components(
         chat=chat,
         model_config=model_config,

@@ -38,6 +38,7 @@ class ExpertsConfig:
     """Who stands behind the aliases: the simulated world, but for the models that a file gives an endpoint."""
 
     endpoints_path: str = ""  # JSON, see experts.endpoint.load_endpoints; empty: all are simulated
+    outcome: str = "computed"  # "judged": by the model under "judge" in that file, where no exact match decides
     spend_cap_usd: float = 0.0  # of real money, over the whole run: endpoints that cost money want one
     descriptions_path: str = ""  # JSON by model, see experiments/describe_experts.py; shown with the whole template
 

@@ -27,7 +27,8 @@ from orchestra_jax.types import ToolCall, TrajectoryGroup
 def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Generator) -> ToolCall:
     """The call of one turn of a random route."""
     tool = "answer" if turn + 1 == max_calls else ROLES[int(rng.integers(len(ROLES)))]
-    offer = instance.offers[int(rng.integers(len(instance.offers)))]
+    offers = [offer for offer in instance.offers if tool in offer.roles]
+    offer = offers[int(rng.integers(len(offers)))]
     return ToolCall(tool, {"model": offer.alias})
 
 

@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.records import Document
 from orchestra_jax.experts.delegation import Answer, EnhanceReasoning, Search, SearchIndex
-from orchestra_jax.experts.endpoint import load_endpoints
+from orchestra_jax.experts.endpoint import EndpointExpert, load_endpoints
 from orchestra_jax.experts.expert import Expert
+from orchestra_jax.experts.judge import Judge
 from orchestra_jax.experts.replay import RecordedExpert
 from orchestra_jax.experts.simulated import SimulatedExperts
+from orchestra_jax.experts.world import model_names
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.faults import FaultyTool
+from orchestra_jax.tools.ledger import JUDGE
 from orchestra_jax.tools.limits import Limits
 from orchestra_jax.tools.mcp import load_servers
 from orchestra_jax.tools.recording import RecordedTool, Store
@@ -38,14 +41,34 @@ def open_store(config: RunConfig) -> Store | None:
 
 
 def build_experts(config: RunConfig, account: Account, store: Store | None = None) -> Callable[[str], Expert]:
-    """The expert that stands behind each model of the catalog."""
+    """The expert that stands behind each model of the world."""
     simulated = SimulatedExperts(config.world)
-    path = config.experts.endpoints_path
-    endpoints = load_endpoints(path, account, is_offline=store is not None and store.is_replay) if path else {}
+    endpoints = _load_endpoints(config, account, store)
     experts: dict[str, Expert] = dict(endpoints)
     if store is not None:
         experts = {model: RecordedExpert(endpoint, store) for model, endpoint in endpoints.items()}
     return lambda model: experts.get(model, simulated)
+
+
+def build_judge(config: RunConfig, account: Account) -> Judge | None:
+    """The judge of the outcomes, None where they are computed; ValueError if the endpoints file names none."""
+    if config.experts.outcome != "judged":
+        return None
+    store = open_store(config)
+    endpoints = _load_endpoints(config, account, store)
+    if JUDGE not in endpoints:
+        path = config.experts.endpoints_path
+        raise ValueError(f'experts.outcome "judged" wants an entry {JUDGE!r} in experts.endpoints_path {path!r}')
+    return Judge(RecordedExpert(endpoints[JUDGE], store) if store is not None else endpoints[JUDGE])
+
+
+def _load_endpoints(config: RunConfig, account: Account, store: Store | None) -> dict[str, EndpointExpert]:
+    if not config.experts.endpoints_path:
+        return {}
+    models = (*model_names(config.world), JUDGE)
+    return load_endpoints(
+        config.experts.endpoints_path, models, account, is_offline=store is not None and store.is_replay
+    )
 
 
 def build_index(config: RunConfig, documents: Sequence[Document]) -> SearchIndex:

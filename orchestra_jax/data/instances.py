@@ -13,6 +13,8 @@ from orchestra_jax.experts.catalog import EXPERTS, ROLES, Pool
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.seeds import derive_seed
 
+NO_POOL = Pool()
+
 
 def draw_offers(config: WorldConfig, seed: int) -> tuple[Offer, ...]:
     """`num_offered` experts in catalog order, at least one of them local, each with its own price level and latency."""
@@ -75,10 +77,8 @@ def draw_budget(config: WorldConfig, seed: int) -> Budget:
     return Budget(**limits)
 
 
-def make_instance(
-    task: Task, preference: Preference, config: WorldConfig, seed: int, pool: Pool | None = None
-) -> Instance:
-    """The instance of `task` under `preference` for a draw `seed`; its offers come from a pool if one is given.
+def make_instance(task: Task, preference: Preference, config: WorldConfig, seed: int, pool: Pool = NO_POOL) -> Instance:
+    """The instance of `task` under `preference` for a draw `seed`; its offers come from a pool if it has listings.
 
     The offers depend on the seed and the task alone: the same draw under another preference differs in nothing else.
     """
@@ -87,7 +87,7 @@ def make_instance(
         instance_id=f"{task.task_id}/{preference.name}/{seed}",
         task=task,
         preference=preference,
-        offers=draw_pool_offers(pool, draw) if pool else draw_offers(config, draw),
+        offers=draw_pool_offers(pool, draw) if pool.listings else draw_offers(config, draw),
         seed=draw,
         budget=draw_budget(config, draw),
     )

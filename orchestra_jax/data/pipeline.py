@@ -25,13 +25,13 @@ class _MakeInstance(grain.transforms.RandomMap):
 
     def random_map(self, element: Task, rng: np.random.Generator) -> Instance:
         preference = self._preferences[int(rng.integers(len(self._preferences)))]
-        return make_instance(element, preference, self._world, int(rng.integers(2**31)))
+        return make_instance(element, preference, self._world, int(rng.integers(2**31)), self._world.training_pool)
 
 
 def make_training_iterator(
     tasks: Sequence[Task], preferences: Sequence[Preference], world: WorldConfig, num_groups: int, seed: int
 ) -> grain.DatasetIterator:
-    """Endless batches, each a list of `num_groups` instances."""
+    """Endless batches, each a list of `num_groups` instances; experts from the world's training pool, if it has one."""
     dataset = (
         grain.MapDataset.source(tasks)
         .seed(seed)
@@ -47,10 +47,13 @@ def make_training_iterator(
 def evaluation_instances(
     tasks: Sequence[Task], preferences: Sequence[Preference], world: WorldConfig, num_per_preference: int, seed: int
 ) -> list[Instance]:
-    """The same `num_per_preference` draws under every preference, tasks in turn: preference after preference."""
+    """The same `num_per_preference` draws under every preference, tasks in turn: preference after preference.
+
+    Experts come from the world's evaluation pool, if it has one.
+    """
     order = np.random.default_rng(seed).permutation(len(tasks))
     return [
-        make_instance(tasks[order[number % len(tasks)]], preference, world, seed + number)
+        make_instance(tasks[order[number % len(tasks)]], preference, world, seed + number, world.evaluation_pool)
         for preference in preferences
         for number in range(num_per_preference)
     ]

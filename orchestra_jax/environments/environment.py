@@ -7,9 +7,10 @@ what `open` returns, which the loop hands to the tools and back to `objectives`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orchestra_jax.data.records import Instance
+from orchestra_jax.experts.judge import Verdict
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.tool import Evidence
 from orchestra_jax.tools.toolbox import Toolbox
@@ -39,3 +40,10 @@ class Environment(Protocol):
     ) -> dict[str, float]:
         """Unweighted values by objective name."""
         ...
+
+
+@runtime_checkable
+class JudgedEnvironment(Environment, Protocol):
+    """An environment whose outcome may need a model's verdict: it takes the place of the outcome in `objectives`."""
+
+    async def judge(self, instance: Instance, answer: str) -> Verdict: ...

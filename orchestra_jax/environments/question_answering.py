@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestra_jax.data.records import Budget, Instance, Offer
 from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
+from orchestra_jax.experts.judge import Judge, Verdict
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.outcome import score_answer
 from orchestra_jax.tools.ledger import Totals
@@ -130,16 +131,23 @@ def restate(instance: Instance) -> str:
 class QuestionAnswering:
     """An `Environment` (environment.py). `is_compact` chooses between the two renderings.
 
-    `descriptions` of models (experts/descriptions.py) stand in the tools' schemas, beside the aliases.
+    `descriptions` of models (experts/descriptions.py) stand in the tools' schemas, beside the aliases. Without a
+    `judge` the outcome is computed (rewards/outcome.py).
     """
 
     def __init__(
-        self, toolbox: Toolbox, max_calls: int, is_compact: bool, descriptions: Mapping[str, str] | None = None
+        self,
+        toolbox: Toolbox,
+        max_calls: int,
+        is_compact: bool,
+        descriptions: Mapping[str, str] | None = None,
+        judge: Judge | None = None,
     ):
         self.toolbox = toolbox
         self.max_calls = max_calls
         self._is_compact = is_compact
         self._descriptions = dict(descriptions or {})
+        self._judge = judge
 
     def open(self, instance: Instance) -> None:
         """Calls change nothing that outlives them."""
@@ -170,6 +178,11 @@ class QuestionAnswering:
         for name in self.toolbox.names:
             values[f"calls/{name}"] = float(sum(record.call.name == name for record in calls))
         return values
+
+    async def judge(self, instance: Instance, answer: str) -> Verdict:
+        if self._judge is None:
+            return Verdict(score_answer(instance.task, answer))
+        return await self._judge.judge(instance.task, answer)
 
 
 def is_disallowed(instance: Instance, call: ToolCall) -> bool:

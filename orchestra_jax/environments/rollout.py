@@ -17,7 +17,7 @@ import numpy as np
 from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import Chat
 from orchestra_jax.data.records import Instance
-from orchestra_jax.environments.environment import Environment
+from orchestra_jax.environments.environment import Environment, JudgedEnvironment
 from orchestra_jax.generation.engine import Completion, Engine, Sampling
 from orchestra_jax.tools.budget import Allowance, rest_text
 from orchestra_jax.tools.ledger import ORCHESTRATOR, Ledger, make_receipt
@@ -123,8 +123,14 @@ async def run_episode(
     status = None
     while status is None:
         status = await _run_turn(episode, instance, rollout_index, environment, engine, chat, config, session_id, seed)
-    totals = episode.ledger.totals()
     answer = episode.answer if status == EpisodeStatus.ANSWERED else None
+    objectives = environment.objectives(instance, episode.calls, answer, episode.ledger.totals(), episode.state)
+    if answer is not None and isinstance(environment, JudgedEnvironment):
+        verdict = await environment.judge(instance, answer)
+        for receipt in verdict.receipts:
+            episode.ledger.charge(receipt)
+        objectives["outcome"] = verdict.outcome
+        status = status if verdict.is_known else EpisodeStatus.TOOL_FAILURE
     return Trajectory(
         instance_id=instance.instance_id,
         rollout_index=rollout_index,
@@ -134,7 +140,7 @@ async def run_episode(
         receipts=episode.ledger.receipts,
         status=status,
         answer=answer or "",
-        objectives=environment.objectives(instance, episode.calls, answer, totals, episode.state),
+        objectives=objectives,
     )
 
 

@@ -15,7 +15,6 @@ from orchestra_jax.data.records import Instance
 from orchestra_jax.evaluation.oracle import (
     ANSWER,
     EVIDENCE_TOOLS,
-    NUM_EXPERTS,
     STATISTICS,
     Charges,
     Node,
@@ -40,7 +39,7 @@ def by_score(score_IA: np.ndarray) -> Policy:
 
 def with_evidence_first(score_IE: np.ndarray, right_tool_I: np.ndarray) -> Policy:
     """Calls the tool that can bring the evidence once, then answers; at both by the expert of the highest score."""
-    tool_A = np.repeat(np.arange(len(ROLES)), NUM_EXPERTS)
+    tool_A = np.repeat(np.arange(len(ROLES)), score_IE.shape[1])
     score_IA = np.asfortranarray(np.tile(score_IE, len(ROLES)))
     gathering_IA = np.where(tool_A == right_tool_I[:, None], score_IA, -1e9)
     answering_IA = np.where(tool_A == ANSWER, score_IA, -1e9)
@@ -79,7 +78,7 @@ def evaluate_baselines(instances: Sequence[Instance], charges: Charges, skills: 
     right_tool_I = np.array([EVIDENCE_TOOLS.index(instance.task.evidence_tool) for instance in instances])
     strength_IE = np.tile(skills.answer_FKEV[..., 1].mean(axis=(0, 1)), (len(instances), 1))
     cheapness_IE = -charges.cost_usd_RIE[ANSWER]
-    answer_only = np.repeat([-1e9, -1e9, 0.0], NUM_EXPERTS)
+    answer_only = np.repeat([-1e9, -1e9, 0.0], strength_IE.shape[1])
     family_key = np.char.add(family, preference)
     cell_key = np.char.add(np.char.add(family, kind), preference)
     mean_weights_IM = np.broadcast_to(charges.weights_IM.mean(axis=0), charges.weights_IM.shape)

@@ -31,6 +31,7 @@ from orchestra_jax.evaluation.oracle import (
     evaluate,
     make_charges,
     optimal_policy,
+    statistic_names,
 )
 from orchestra_jax.evaluation.report import (
     baseline_names,
@@ -85,7 +86,7 @@ def evaluate_run(config: RunConfig, parts: Components, params, reference_params,
         "commit": current_commit(),
         "wall_s": 0.0,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "policies": build_policies(statistics, preference_I, realised),
+        "policies": build_policies(statistics, preference_I, realised, statistic_names(config.world)),
     }
     summary["comparisons"] = compare(statistics, preference_I, baseline_names(summary), config.evaluation.seed)
     trained, optimal = (by_preference(statistics[name], preference_I) for name in ("trained", "optimal"))
@@ -142,8 +143,11 @@ def price_response(
     """Raises one expert's price from the lowest to the highest level in the prompt and counts its calls.
 
     Over the instances whose preference weighs cost and that offer an expert at the lowest price. A response of the
-    trained policy beside the optimum's: mean calls of that expert before - after, and the permutation p-value.
+    trained policy beside the optimum's: mean calls of that expert before - after, and the permutation p-value. Empty
+    where experts come from a pool, which has no levels.
     """
+    if config.world.evaluation_pool.listings:
+        return {}
     levels = config.world.price_levels_usd_per_million_tokens
     low, high = min(levels), max(levels)
     pairs = []

@@ -8,9 +8,11 @@ the same expert again in the same role gives the same result. `answer` ends the 
 The optimum knows what the prompt reveals and the success probabilities, not the draws. The same recursion, with what
 the policy *believes* put in the place of what is, gives the exact value of every policy with less information
 (price-blind, preference-blind, one route per family), and with a mean in the place of the maximum that of the random
-policy. The clairvoyant bound sees the draws too.
+policy. The clairvoyant bound sees the draws too. Who stands behind an alias is taken as known; of budgets and faults
+the recursion knows nothing.
 
-Shapes: I instances, A actions = tools x experts (experts in catalog order), E experts, S statistics (STATISTICS).
+Shapes: I instances, A actions = tools x experts (experts in the world's order), E experts, S statistics (STATISTICS in
+the default world).
 Everything is vectorised over instances: a node of the tree stands for all of them at once.
 """
 
@@ -22,19 +24,27 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from orchestra_jax.data.records import Instance
-from orchestra_jax.experts.catalog import EXPERTS, ROLES
-from orchestra_jax.experts.world import FAMILY_INDEX, KIND_INDEX, WorldConfig, call_latency_s, call_tokens, skill_tables
+from orchestra_jax.experts.catalog import ROLES
+from orchestra_jax.experts.world import (
+    FAMILY_INDEX,
+    KIND_INDEX,
+    WorldConfig,
+    call_latency_s,
+    call_tokens,
+    expert_names,
+    skill_tables,
+)
 
 EVIDENCE_TOOLS = ROLES[:2]
 ANSWER = ROLES.index("answer")
-NUM_EXPERTS = len(EXPERTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Charges:
     """What the world charges and knows, per instance and expert. Not offered experts have charges too, and a mask."""
 
-    is_offered_IE: np.ndarray
+    columns_I: tuple[dict[str, int], ...]  # by alias, of each instance: where its expert stands in E
+    is_offered_TIE: np.ndarray  # T: tools, in the order of ROLES
     cost_usd_RIE: np.ndarray  # R: search, enhance_reasoning, answer, answer with evidence
     latency_s_RIE: np.ndarray
     success_RIE: np.ndarray  # evidence tools: 0 for the tool that cannot bring this task's evidence
@@ -64,30 +74,33 @@ class Node:
 # actions under the weights that the policy believes in, its own later choices included; 0 where not legal.
 Policy = Callable[[Node, np.ndarray, np.ndarray], np.ndarray]
 
-STATISTICS = (
-    "utility",
-    "accuracy",
-    "cost_usd",
-    "latency_s",
-    *(f"calls/{tool}" for tool in ROLES),
-    *(f"calls/{expert.alias}" for expert in EXPERTS),
-)
+
+def statistic_names(config: WorldConfig) -> tuple[str, ...]:
+    """The columns of every table of statistics of a world; those before the experts are the same in each."""
+    called = (*ROLES, *expert_names(config))
+    return ("utility", "accuracy", "cost_usd", "latency_s", *(f"calls/{name}" for name in called))
+
+
+STATISTICS = statistic_names(WorldConfig())  # of the default world
 
 
 def make_charges(instances: Sequence[Instance], config: WorldConfig) -> Charges:
     """The tables of the recursion; an expert that is not on offer has zero charges and a False mask."""
     skills, num_instances = skill_tables(config), len(instances)
     # In memory the instances come last, so that numpy's inner loop runs over them and not over a handful of experts.
-    is_offered_IE, is_disallowed_IE = (np.zeros((NUM_EXPERTS, num_instances), bool).T for _ in range(2))
-    cost_RIE, latency_RIE, success_RIE = (np.zeros((4, NUM_EXPERTS, num_instances)).swapaxes(1, 2) for _ in range(3))
-    column = {expert.alias: index for index, expert in enumerate(EXPERTS)}
+    column, num_experts = {model: index for index, model in enumerate(skills.models)}, len(skills.models)
+    is_offered_TIE = np.zeros((len(ROLES), num_experts, num_instances), bool).swapaxes(1, 2)
+    is_disallowed_IE = np.zeros((num_experts, num_instances), bool).T
+    cost_RIE, latency_RIE, success_RIE = (np.zeros((4, num_experts, num_instances)).swapaxes(1, 2) for _ in range(3))
     for i, instance in enumerate(instances):
         family, kind = FAMILY_INDEX[instance.task.family], KIND_INDEX[instance.task.kind]
         for offer in instance.offers:
-            e = column[offer.alias]
-            is_offered_IE[i, e] = True
+            e = column[offer.model]
             is_disallowed_IE[i, e] = not offer.is_local
             for r, (role, has_evidence) in enumerate((*((role, False) for role in ROLES), ("answer", True))):
+                if role not in offer.roles:
+                    continue
+                is_offered_TIE[ROLES.index(role), i, e] = True
                 num_input, num_output = call_tokens(config, role, has_evidence)
                 price = (
                     num_input * offer.input_usd_per_million_tokens + num_output * offer.output_usd_per_million_tokens
@@ -100,7 +113,8 @@ def make_charges(instances: Sequence[Instance], config: WorldConfig) -> Charges:
     names = ("outcome", "cost_usd", "latency_s", "disallowed_calls")
     context, turn = config.orchestrator_nominal_context_tokens, config.orchestrator_nominal_turn_tokens
     return Charges(
-        is_offered_IE=is_offered_IE,
+        columns_I=tuple({offer.alias: column[offer.model] for offer in instance.offers} for instance in instances),
+        is_offered_TIE=is_offered_TIE,
         cost_usd_RIE=cost_RIE,
         latency_s_RIE=latency_RIE,
         success_RIE=success_RIE,
@@ -137,7 +151,7 @@ def after_call(charges: Charges, node: Node, tool: int, expert: int, is_found: b
         node.is_disallowed_I | charges.is_disallowed_IE[:, expert],
         (*node.calls, (tool, expert)),
         node.failed if is_found else node.failed | {(tool, expert)},
-        node.reach_I * charges.is_offered_IE[:, expert] * (found_I if is_found else 1 - found_I),
+        node.reach_I * charges.is_offered_TIE[tool, :, expert] * (found_I if is_found else 1 - found_I),
     )
 
 
@@ -169,13 +183,16 @@ def evaluate(
     """
     node = root(charges) if node is None else node
     believed_weights_IM = charges.weights_IM if believed_weights_IM is None else believed_weights_IM
-    num_instances, num_early = len(charges.weights_IM), ANSWER * NUM_EXPERTS
+    num_instances, num_experts = charges.is_disallowed_IE.shape
+    num_early = ANSWER * num_experts
     # On the last call only `answer` is worth considering: an episode without an answer is worth nothing.
     is_last_call = len(node.calls) + 1 == charges.max_calls
-    believed_IA = np.zeros((num_early + NUM_EXPERTS, num_instances)).T
+    believed_IA = np.zeros((num_early + num_experts, num_instances)).T
     early = []  # (action, chance_I, statistics_IS) by evidence call and what it brings
     for action in range(0 if is_last_call else num_early):
-        tool, expert = divmod(action, NUM_EXPERTS)
+        tool, expert = divmod(action, num_experts)
+        if not charges.is_offered_TIE[tool, :, expert].any():
+            continue
         found_I = found_chance(charges, node, tool, expert)
         for is_found, chance_I in ((True, found_I), (False, 1 - found_I)):
             if chance_I.any():
@@ -189,7 +206,7 @@ def evaluate(
     believed_IA[:, num_early:] = utility_IE if is_believed_true else utility(charges, believed_weights_IM, *answered)
 
     legal_IA = np.concatenate(
-        [charges.is_offered_IE & (tool == ANSWER or not is_last_call) for tool in range(len(ROLES))], 1
+        [charges.is_offered_TIE[tool] & (tool == ANSWER or not is_last_call) for tool in range(len(ROLES))], 1
     )
     chance_IA = policy(node, legal_IA, believed_IA)
     statistics_IS = _answer_statistics(node, chance_IA[:, num_early:], (utility_IE, *answered[:3]))
@@ -203,15 +220,16 @@ def _answer_statistics(node: Node, chance_IE: np.ndarray, values_IE: Sequence[np
 
     values_IE: the first four of STATISTICS. How often each tool and expert was called before is the same for all of I.
     """
-    statistics_IS = np.empty((len(STATISTICS), len(chance_IE))).T
+    num_experts = chance_IE.shape[1]
+    statistics_IS = np.empty((len(values_IE) + len(ROLES) + num_experts, len(chance_IE))).T
     for column, value_IE in enumerate(values_IE):
         statistics_IS[:, column] = np.einsum("ie,ie->i", chance_IE, value_IE)
     ending_I = chance_IE.sum(axis=1)
-    columns = iter(range(len(values_IE), len(STATISTICS)))
+    columns = iter(range(len(values_IE), statistics_IS.shape[1]))
     for tool, column in zip(range(len(ROLES)), columns):
         count = sum(called == tool for called, _ in node.calls) + int(tool == ANSWER)
         statistics_IS[:, column] = count * ending_I
-    for expert, column in zip(range(NUM_EXPERTS), columns):
+    for expert, column in zip(range(num_experts), columns):
         count = sum(called == expert for _, called in node.calls)
         statistics_IS[:, column] = count * ending_I + chance_IE[:, expert]
     return statistics_IS
@@ -227,7 +245,10 @@ def optimal_policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) ->
 
 def random_policy(node: Node, legal_IA: np.ndarray, believed_IA: np.ndarray) -> np.ndarray:
     """A tool uniformly, then an expert on offer uniformly: how the demonstrations of the warm start route."""
-    return legal_IA / legal_IA.sum(axis=1, keepdims=True)
+    num_legal_IT = legal_IA.reshape(len(legal_IA), len(ROLES), -1).sum(axis=2)
+    num_tools_I1 = (num_legal_IT > 0).sum(axis=1, keepdims=True)
+    ways_IA = np.repeat(np.maximum(num_legal_IT, 1) * num_tools_I1, legal_IA.shape[1] // len(ROLES), axis=1)
+    return np.divide(legal_IA, ways_IA, order="F")
 
 
 def clairvoyant_statistics(charges: Charges, seed: int, num_draws: int = 16) -> np.ndarray:

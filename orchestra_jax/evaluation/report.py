@@ -3,7 +3,7 @@
 It computes nothing but means over instances and the score (baselines.scores), and tests nothing (significance.py). The
 dict of all policies, as it stands under "policies" in summary.json:
 
-    {policy: {preference: {"score", "utility", "accuracy", "cost_usd", "latency_s", "calls": {tool or alias: mean},
+    {policy: {preference: {"score", "utility", "accuracy", "cost_usd", "latency_s", "calls": {tool or expert: mean},
                            "num_tasks", and for policies that were played "realised": {REALISED: mean}}}}
 
 Values are exact expectations (oracle.py, trajectory_value.py); "realised" ones are what the ledger and the scorer said.
@@ -44,7 +44,11 @@ POLICY_STYLES = {
 
 
 def policy_entry(
-    statistics_IS: np.ndarray, rows: np.ndarray, random_IS: np.ndarray, optimal_IS: np.ndarray
+    statistics_IS: np.ndarray,
+    rows: np.ndarray,
+    random_IS: np.ndarray,
+    optimal_IS: np.ndarray,
+    names: Sequence[str] = STATISTICS,
 ) -> dict[str, object]:
     """One preference's part of summary.json: means of a policy's statistics over the instances `rows`.
 
@@ -53,8 +57,9 @@ def policy_entry(
       rows: [I] bool, or indices: the instances with this preference.
       random_IS: [I, S] of the random policy, which scores 0.
       optimal_IS: [I, S] of the optimum, which scores 1.
+      names: [S] of the columns.
     """
-    means = dict(zip(STATISTICS, np.asarray(statistics_IS)[rows].mean(axis=0).tolist(), strict=True))
+    means = dict(zip(names, np.asarray(statistics_IS)[rows].mean(axis=0).tolist(), strict=True))
     calls = {name.removeprefix("calls/"): mean for name, mean in means.items() if name.startswith("calls/")}
     return {
         "score": scores(statistics_IS, random_IS, optimal_IS, rows),
@@ -68,6 +73,7 @@ def build_policies(
     statistics: Mapping[str, np.ndarray],
     preferences_I: Sequence[str],
     realised: Mapping[str, np.ndarray] | None = None,
+    names: Sequence[str] = STATISTICS,
 ) -> dict[str, dict[str, dict]]:
     """The "policies" of summary.json.
 
@@ -75,6 +81,7 @@ def build_policies(
       statistics: [I, S] by policy; "random" and "optimal" are among them.
       preferences_I: the name of each instance's preference.
       realised: [I, R] by policy, for policies that were played (`realised_statistics`).
+      names: [S] of the columns of `statistics`.
     """
     assert {"random", "optimal"} <= statistics.keys(), f"scores need random and optimal, got {sorted(statistics)}"
     preferences_I = np.asarray(preferences_I)
@@ -83,7 +90,7 @@ def build_policies(
     for preference in dict.fromkeys(preferences_I.tolist()):
         rows = preferences_I == preference
         for name, statistics_IS in statistics.items():
-            policies[name][preference] = policy_entry(statistics_IS, rows, random_IS, optimal_IS)
+            policies[name][preference] = policy_entry(statistics_IS, rows, random_IS, optimal_IS, names)
         for name, realised_IR in (realised or {}).items():
             means = dict(zip(REALISED, realised_IR[rows].mean(axis=0).tolist(), strict=True))
             policies[name][preference]["realised"] = means

@@ -12,35 +12,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orchestra_jax.evaluation.oracle import ANSWER, STATISTICS, Charges
-from orchestra_jax.experts.catalog import EXPERTS, ROLES
+from orchestra_jax.evaluation.oracle import ANSWER, Charges
+from orchestra_jax.experts.catalog import ROLES
 from orchestra_jax.tools.ledger import split_turns
 from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Trajectory
 
-_COLUMN = {expert.alias: index for index, expert in enumerate(EXPERTS)}
-
 
 def expected_statistics(charges: Charges, trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """[I, S] of one trajectory per instance, in the order of `charges`; columns as oracle.STATISTICS."""
+    """[I, S] of one trajectory per instance, in the order of `charges`; columns as oracle.statistic_names."""
     return np.stack([_expected_row(charges, i, trajectory) for i, trajectory in enumerate(trajectories)])
 
 
 def _expected_row(charges: Charges, i: int, trajectory: Trajectory) -> np.ndarray:
     cost_usd, latency_s, accuracy, is_disallowed, has_evidence, is_answered = 0.0, 0.0, 0.0, False, False, False
-    calls = dict.fromkeys(STATISTICS[4:], 0.0)
+    tool_calls, expert_calls = np.zeros(len(ROLES)), np.zeros(charges.is_disallowed_IE.shape[1])
     for records in _turns(trajectory):
         service_s = [0.0]
         for record in records:
             if record.status != CallStatus.OK:
                 continue
-            tool, alias = record.call.name, str(record.call.arguments["model"])
-            role, e = ROLES.index(tool), _COLUMN[alias]
+            tool, e = record.call.name, charges.columns_I[i][str(record.call.arguments["model"])]
+            role = ROLES.index(tool)
+            tool_calls[role] += 1
+            expert_calls[e] += 1
             role += int(role == ANSWER and has_evidence)
             cost_usd += charges.cost_usd_RIE[role, i, e]
             service_s.append(charges.latency_s_RIE[role, i, e])
             is_disallowed |= bool(charges.is_disallowed_IE[i, e])
-            calls[f"calls/{tool}"] += 1
-            calls[f"calls/{alias}"] += 1
             if tool == "answer" and not is_answered and trajectory.status == EpisodeStatus.ANSWERED:
                 accuracy, is_answered = charges.success_RIE[role, i, e], True
         cost_usd += charges.turn_cost_usd
@@ -50,7 +48,7 @@ def _expected_row(charges: Charges, i: int, trajectory: Trajectory) -> np.ndarra
     cheapness = 1 - min(cost_usd / charges.reference_cost_usd, 1)
     speed = 1 - min(latency_s / charges.reference_latency_s, 1)
     utility = accuracy * (w_o + w_c * cheapness + w_l * speed) - w_x * is_disallowed
-    return np.array([utility, accuracy, cost_usd, latency_s, *calls.values()])
+    return np.array([utility, accuracy, cost_usd, latency_s, *tool_calls, *expert_calls])
 
 
 def _turns(trajectory: Trajectory) -> list[list[CallRecord]]:

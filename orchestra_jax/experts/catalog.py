@@ -55,10 +55,11 @@ class Pool:
     """Listings, and how an instance is drawn from them.
 
     Of each role between `least_offered` and all listings are on offer; `is_shuffled` deals the aliases of a role out
-    anew; every price and every latency is its published value times a factor, drawn for each model.
+    anew; every price and every latency is its published value times a factor, drawn for each model. A pool without
+    listings is none: the world's own EXPERTS are drawn from.
     """
 
-    listings: tuple[Listing, ...]
+    listings: tuple[Listing, ...] = ()
     least_offered: int = 0  # of each role; 0: all of them, always
     is_shuffled: bool = False
     price_factors: tuple[float, ...] = (1.0,)
@@ -73,3 +74,7 @@ class Pool:
         for name in ("price_factors", "latency_factors"):
             if not getattr(self, name) or not all(factor > 0 for factor in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} of a pool must be positive, and at least one")
+        for role in ROLES if self.listings else ():
+            models = [listing.model for listing in self.listings if listing.role == role]
+            if not models or len(set(models)) < len(models):
+                raise ValueError(f"a pool lists one model or more for {role!r}, and none twice, got {models}")

@@ -23,7 +23,6 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestra_jax.experts.catalog import EXPERTS
 from orchestra_jax.experts.chat_completion import Failure, Partial, ask, estimate_tokens
 from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
 from orchestra_jax.experts.roles import extract, render_messages
@@ -76,6 +75,8 @@ class EndpointExpert:
         input_usd_per_million_tokens: float = 0.0,
         output_usd_per_million_tokens: float = 0.0,
     ):
+        import openai  # takes a second or more: here, and not within the first reply's deadline
+
         if timeout_s <= 0 or max_output_tokens < 1 or max_retries < 0:
             raise ValueError(
                 f"timeout_s {timeout_s} must be positive, max_output_tokens {max_output_tokens} at least 1 and "
@@ -87,20 +88,20 @@ class EndpointExpert:
                 f"the environment variable {api_key_variable!r} is not set: put the key of {self._where} into it, or "
                 'give api_key_variable="" for a server that wants none'
             )
-        self._endpoint, self.model = endpoint, model
+        self._endpoint, self.model, self._is_own_client = endpoint, model, not isinstance(endpoint, openai.AsyncOpenAI)
         self._api_key = os.environ[api_key_variable] if api_key_variable else ""
         self.has_key = bool(self._api_key)
         self.max_output_tokens, self._is_streaming = max_output_tokens, is_streaming
         self._limiter = Limiter(Limits(timeout_s, max_concurrent, requests_per_s, max_retries + 1, first_wait_s))
-        self._prices = input_usd_per_million_tokens, output_usd_per_million_tokens
-        token_cost_usd(1, 1, *self._prices, 0.0)  # refuses prices that are none
+        self.prices = input_usd_per_million_tokens, output_usd_per_million_tokens
+        token_cost_usd(1, 1, *self.prices, 0.0)  # refuses prices that are none
         self.account = Account()
         self._client: openai.AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_paid(self) -> bool:
-        return any(price > 0 for price in self._prices)
+        return any(price > 0 for price in self.prices)
 
     def bound(self, request: ExpertRequest) -> ExpertBound:
         """A token has at least one byte, so bytes bound the input tokens; the seconds are not known beforehand."""
@@ -136,7 +137,7 @@ class EndpointExpert:
             self._client = None
 
     async def _attempt(self, messages: Sequence[Mapping[str, str]], partial: Partial) -> Attempt[ExpertReply]:
-        most_usd = token_cost_usd(self._most_input_tokens(messages), self.max_output_tokens, *self._prices, 0.0)
+        most_usd = token_cost_usd(self._most_input_tokens(messages), self.max_output_tokens, *self.prices, 0.0)
         if not self.account.reserve(most_usd):
             _logger.warning("%s at %s is not asked: the run's spending cap is reached", self.model, self._where)
             return Attempt(ExpertReply("", 0, 0, 0.0, CallStatus.FAILED, Reason.SPEND_CAP), False)
@@ -144,7 +145,7 @@ class EndpointExpert:
         try:
             made = await self._ask(messages, partial)
             if not made.value.is_estimated:
-                paid_usd = token_cost_usd(made.value.input_tokens, made.value.output_tokens, *self._prices, 0.0)
+                paid_usd = token_cost_usd(made.value.input_tokens, made.value.output_tokens, *self.prices, 0.0)
             return made
         finally:
             self.account.settle(most_usd, paid_usd)
@@ -189,9 +190,9 @@ class EndpointExpert:
 
     def _connect(self) -> openai.AsyncOpenAI:
         """A client for the loop that runs now: pooled connections do not outlive the loop that opened them."""
-        import openai  # a second to import: paid by runs that call an endpoint
+        import openai
 
-        if isinstance(self._endpoint, openai.AsyncOpenAI):
+        if not self._is_own_client:
             return self._endpoint.with_options(max_retries=0)
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
@@ -245,15 +246,17 @@ def _public_url(url: str) -> str:
     return url
 
 
-def load_endpoints(path: str, account: Account | None = None, is_offline: bool = False) -> dict[str, EndpointExpert]:
-    """Endpoint experts by the catalog's model that they stand in for, from a JSON file. They share `account`.
+def load_endpoints(
+    path: str, models: Sequence[str], account: Account | None = None, is_offline: bool = False
+) -> dict[str, EndpointExpert]:
+    """Endpoint experts by the one of `models` that they stand in for, from a JSON file. They share `account`.
 
         {"gpt-5": {"endpoint": "https://api.openai.com/v1", "model": "gpt-5", "api_key_variable": "OPENAI_API_KEY",
                    "input_usd_per_million_tokens": 1.25, "output_usd_per_million_tokens": 10}}
 
     Each entry holds the arguments of `EndpointExpert`; one with a key says its prices too. `is_offline`: nobody will be
     asked (all is replayed), so no key is looked for and no price wanted. ValueError for a file that
-    is missing or no JSON object, a model that is not in the catalog, an argument that is missing or unknown, what
+    is missing or no JSON object, a model that is none of `models`, an argument that is missing or unknown, what
     `EndpointExpert` refuses, and a paid endpoint under an account whose cap is 0.
     """
     try:
@@ -262,11 +265,10 @@ def load_endpoints(path: str, account: Account | None = None, is_offline: bool =
         raise ValueError(f"the endpoints file {path} cannot be read: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"the endpoints file {path} holds no JSON object: write one entry for each model")
-    models = [expert.model for expert in EXPERTS]
     experts = {}
     for model, arguments in entries.items():
         if model not in models:
-            raise ValueError(f"{model!r} in {path} is not a model of the catalog: choose one of {models}")
+            raise ValueError(f"{model!r} in {path} is not a model of the run: choose one of {list(models)}")
         try:
             expert = EndpointExpert(**{**arguments, "api_key_variable": ""} if is_offline else arguments)
         except TypeError as error:

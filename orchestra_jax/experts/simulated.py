@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from orchestra_jax.experts.catalog import EXPERTS
 from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
 from orchestra_jax.experts.world import (
     FAMILY_INDEX,
@@ -21,19 +20,18 @@ from orchestra_jax.experts.world import (
 )
 from orchestra_jax.seeds import derive_seed
 
-_COLUMN = {expert.model: index for index, expert in enumerate(EXPERTS)}
-
 
 class SimulatedExperts:
-    """All experts of the catalog at once: an `Expert` that looks up the one that the request names."""
+    """All experts of the world at once: an `Expert` that looks up the one that the request names."""
 
     def __init__(self, config: WorldConfig):
         self._config = config
         self._skills = skill_tables(config)
+        self._columns = {model: index for index, model in enumerate(self._skills.models)}
 
     def success_probability(self, request: ExpertRequest) -> float:
         """The chance that this request is filled well; 0 for a writer whose tool cannot bring this task's evidence."""
-        task, column = request.instance.task, _COLUMN[request.offer.model]
+        task, column = request.instance.task, self._columns[request.offer.model]
         family = FAMILY_INDEX[task.family]
         if request.role == "answer":
             kind = KIND_INDEX[task.kind]

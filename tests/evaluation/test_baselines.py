@@ -13,7 +13,6 @@ from orchestra_jax.data.records import Offer
 from orchestra_jax.evaluation.baselines import by_score, evaluate_baselines, knowing_only, scores
 from orchestra_jax.evaluation.oracle import (
     ANSWER,
-    NUM_EXPERTS,
     STATISTICS,
     evaluate,
     make_charges,
@@ -129,12 +128,12 @@ def test_static_routes_call_what_they_say():
 
 def test_a_score_outside_the_offer_is_never_taken():
     instances = draw_instances(CONFIG, num_draws=8)
-    wanted = np.arange(3 * NUM_EXPERTS, dtype=float) + np.repeat([-1e9, -1e9, 0.0], NUM_EXPERTS)
+    wanted = np.arange(3 * len(EXPERTS), dtype=float) + np.repeat([-1e9, -1e9, 0.0], len(EXPERTS))
     taken = choices(make_charges(instances, CONFIG), by_score(np.tile(wanted, (len(instances), 1))))[
         (), False, frozenset()
     ]
     assert [instance.offers[-1].alias for instance in instances] == [
-        EXPERTS[a - ANSWER * NUM_EXPERTS].alias for a in taken
+        EXPERTS[a - ANSWER * len(EXPERTS)].alias for a in taken
     ]
 
 
@@ -148,9 +147,9 @@ def test_a_score_is_0_at_random_and_1_at_the_optimum():
 
 def test_charges_of_an_instance_by_hand():
     instance = draw_instances(CONFIG, num_draws=1)[0]
-    offer = Offer("expert-5", "m", True, 2.0, 10.0, 25.0)
+    offer = Offer("expert-5", "Qwen2.5-Math-72B-Instruct", True, 2.0, 10.0, 25.0)
     charges = make_charges([dataclasses.replace(instance, offers=(offer,))], CONFIG)
-    assert charges.is_offered_IE.tolist() == [[False, False, False, False, True, False]]
+    assert charges.is_offered_TIE.tolist() == 3 * [[[False, False, False, False, True, False]]]
     np.testing.assert_allclose(charges.cost_usd_RIE[:, 0, 4], [0.003, 0.003, 0.007, 0.008])
     np.testing.assert_allclose(charges.latency_s_RIE[:, 0, 4], [17.5, 17.5, 25.0, 25.0])
     assert charges.turn_cost_usd == pytest.approx(170 * 0.2e-6) and charges.turn_latency_s == pytest.approx(0.1)

@@ -11,7 +11,6 @@ from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.rollout import run_episode
 from orchestra_jax.evaluation.oracle import (
-    NUM_EXPERTS,
     ROLES,
     STATISTICS,
     evaluate,
@@ -68,7 +67,7 @@ def play_optimum(components, instances, charges):
         assert len(is_found) == len(calls) == turn
         failed = frozenset(call for call, found in zip(calls, is_found) if not found)
         action = choices[tuple(calls), any(is_found), failed][row[instance_id]]
-        tool, expert = divmod(int(action), NUM_EXPERTS)
+        tool, expert = divmod(int(action), len(EXPERTS))
         calls.append((tool, expert))
         return chat_format.encode_turn(components.chat, "", [ToolCall(ROLES[tool], {"model": EXPERTS[expert].alias})])
 

@@ -14,6 +14,7 @@ from orchestra_jax.experts.roles import extract
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.types import CallStatus, Reason
 
+MODELS = ("gpt-5", "gpt-5-mini")
 OFFER = Offer("expert-1", "gpt-5", False, 2.0, 8.0, 1.0)
 TASK = Task("t/0", "geography", "one_hop", "What is the capital of France?", "Paris", "search", ("a",))
 INSTANCE = Instance("t/0", TASK, Preference("any", "Any.", {"outcome": 1.0}), (OFFER,), seed=0)
@@ -187,7 +188,7 @@ def test_a_file_says_which_models_have_an_endpoint(endpoint, tmp_path, completio
     endpoint.respond = lambda body: completion("<answer>Paris</answer>")
     path = tmp_path / "endpoints.json"
     path.write_text(json.dumps({"gpt-5": {"endpoint": endpoint.url, "model": "served"}}))
-    experts = load_endpoints(str(path))
+    experts = load_endpoints(str(path), MODELS)
     assert list(experts) == ["gpt-5"]
     (reply,) = ask(experts["gpt-5"], request("answer"))
     assert reply.text == "Paris" and endpoint.requests[0][2]["model"] == "served"
@@ -198,7 +199,7 @@ def test_a_file_says_which_models_have_an_endpoint(endpoint, tmp_path, completio
     [
         ("{", "cannot be read"),
         ("[]", "holds no JSON object"),
-        ('{"gpt-6": {}}', "'gpt-6' in .* is not a model of the catalog: choose one of .*'gpt-5'"),
+        ('{"gpt-6": {}}', "'gpt-6' in .* is not a model of the run: choose one of .*'gpt-5'"),
         ('{"gpt-5": {"model": "m"}}', "the entry of 'gpt-5' .* is not understood: .*endpoint"),
         ('{"gpt-5": {"endpoint": "http://x/v1", "model": "m", "key": "k"}}', "is not understood: .*'key'"),
         ('{"gpt-5": "http://x/v1"}', "the entry of 'gpt-5' .* is not understood"),
@@ -209,9 +210,9 @@ def test_a_mistake_in_the_file_is_one_sentence(text, told, tmp_path):
     path = tmp_path / "endpoints.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=told):
-        load_endpoints(str(path))
+        load_endpoints(str(path), MODELS)
 
 
 def test_a_file_that_is_missing_is_named():
     with pytest.raises(ValueError, match="/nowhere.json cannot be read"):
-        load_endpoints("/nowhere.json")
+        load_endpoints("/nowhere.json", MODELS)

@@ -247,13 +247,13 @@ def test_a_paid_endpoint_says_its_price_and_the_run_its_cap(tmp_path, monkeypatc
     entry = {"endpoint": "http://127.0.0.1:1/v1", "model": "m", "api_key_variable": "SOME_KEY"}
     path.write_text(json.dumps({"gpt-5": entry}))
     with pytest.raises(ValueError, match="'gpt-5' .* has a key and no prices"):
-        load_endpoints(str(path), Account())
+        load_endpoints(str(path), ["gpt-5"], Account())
     prices = {"input_usd_per_million_tokens": 1.25, "output_usd_per_million_tokens": 10}
     path.write_text(json.dumps({"gpt-5": {**entry, **prices}}))
     with pytest.raises(ValueError, match="'gpt-5' costs money and experts.spend_cap_usd is 0"):
-        load_endpoints(str(path), Account(0.0))
+        load_endpoints(str(path), ["gpt-5"], Account(0.0))
     account = Account(3.0)
-    assert load_endpoints(str(path), account)["gpt-5"].account is account
+    assert load_endpoints(str(path), ["gpt-5"], account)["gpt-5"].account is account
 
 
 def test_a_receipt_of_a_failed_reply_has_its_price():

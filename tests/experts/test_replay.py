@@ -45,14 +45,14 @@ def test_a_run_against_a_paid_endpoint_repeats_offline(endpoint, completion, tmp
     account = Account(10.0)
     asked = [request(), request(1), request(seed=5), request(evidence="x")]
 
-    online = RecordedExpert(load_endpoints(str(path), account)["gpt-5"], Store(tmp_path / "store", "record"))
+    online = RecordedExpert(load_endpoints(str(path), ["gpt-5"], account)["gpt-5"], Store(tmp_path / "store", "record"))
     first, again = ask(online, *asked), ask(online, *asked)
     assert len(endpoint.requests) == 4 and len({reply.text for reply in first}) == 4  # each sample is its own
     assert account.spent_usd == pytest.approx(4 * 81e-6)  # what is replayed costs nobody anything
 
     monkeypatch.delenv("SOME_KEY")
     endpoint.shutdown()
-    offline_expert = load_endpoints(str(path), Account(0.0), is_offline=True)["gpt-5"]
+    offline_expert = load_endpoints(str(path), ["gpt-5"], Account(0.0), is_offline=True)["gpt-5"]
     offline = ask(RecordedExpert(offline_expert, Store(tmp_path / "store", "replay")), *asked, request(9))
     expected = [dataclasses.replace(reply, is_cache_hit=True, queue_s=0.0) for reply in first]
     assert again == expected == offline[:-1]
