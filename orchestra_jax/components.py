@@ -297,7 +297,6 @@ def build_components(config: RunConfig) -> Components:
             orchestrator_usd_per_million_tokens=config.world.orchestrator_usd_per_million_tokens,
             orchestrator_tokens_per_s=config.world.orchestrator_tokens_per_s,
             ends_on_tool_failure=config.episode.ends_on_tool_failure,
-            should_correct_calls=config.episode.should_correct_calls,
         ),
         train_tasks=build_tasks("train", config.data.num_tasks_per_cell, config.data.seed),
         test_tasks=build_tasks("test", config.data.num_test_tasks_per_cell, config.data.seed),

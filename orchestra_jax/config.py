@@ -77,8 +77,7 @@ class EpisodeConfig:
     temperature: float = 1.0
     tool_timeout_s: float = 30.0
     ends_on_tool_failure: bool = True  # else the policy is shown the failure and goes on
-    should_correct_calls: bool = False  # a call that cannot be read is told so; else the turn ends the episode
-    num_corrections: int = 0  # malformed turns that are answered with a corrective message; the next one ends it
+    num_corrections: int = 0  # malformed turns that are answered with what is wrong; the next one ends the episode
 
 
 @dataclasses.dataclass

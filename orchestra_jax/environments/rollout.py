@@ -36,9 +36,8 @@ class RolloutConfig:
     temperature: float
     orchestrator_usd_per_million_tokens: float
     orchestrator_tokens_per_s: float
-    num_corrections: int = 0  # malformed turns that are answered with CORRECTION; the next one ends the episode
+    num_corrections: int = 0  # malformed turns that are answered with what is wrong; the next one ends the episode
     ends_on_tool_failure: bool = True  # else the policy sees the failure and goes on
-    should_correct_calls: bool = False  # a call that cannot be read is told so; else the turn ends the episode
 
 
 CORRECTION = "Malformed call. Close your thinking, then write one call with its name and its arguments."
@@ -207,10 +206,12 @@ async def _run_turn(
         )  # fmt: skip
         _book_turn(episode, config, completion)
         turn = chat_format.parse_turn(chat, completion.tokens)
-        is_readable = bool(turn.calls) and (turn.is_well_formed or config.should_correct_calls)
-        is_sound = completion.stop_reason == StopReason.STOP and is_readable
+        is_sound = completion.stop_reason == StopReason.STOP and bool(turn.calls) and turn.is_well_formed
+        unreadable = [call for call in turn.calls if call.error]
         if is_sound:
             running.start(turn.calls)
+        elif completion.stop_reason == StopReason.STOP and episode.num_malformed < config.num_corrections:
+            running.start([*running.calls, *unreadable])  # to be refused, each with a receipt that says why
         results = await running.results()
     finally:
         running.cancel()
@@ -227,7 +228,10 @@ async def _run_turn(
     episode.num_malformed += 1
     if episode.num_malformed > config.num_corrections:
         return EpisodeStatus.MALFORMED
-    return _show(episode, chat, config, [*shown, environment.observation(CORRECTION, SHORT_CORRECTION)])
+    if len(episode.calls) >= environment.max_calls:
+        return EpisodeStatus.TURN_LIMIT
+    told = [] if unreadable else [environment.observation(CORRECTION, SHORT_CORRECTION)]
+    return _show(episode, chat, config, [*shown, *told])
 
 
 def _is_broken(result: ToolResult) -> bool:
@@ -238,7 +242,7 @@ def _is_broken(result: ToolResult) -> bool:
 
 def _shown(environment: Environment, config: RolloutConfig, result: ToolResult, rest: str) -> str:
     """What of a result the policy reads: all of it where it is to mend its call, and the rest of the budget."""
-    is_refused = config.should_correct_calls and result.status == CallStatus.REFUSED
+    is_refused = config.num_corrections > 0 and result.status == CallStatus.REFUSED
     is_told = is_refused or result.receipt.reason == Reason.OVER_BUDGET
     text = result.text if is_told else environment.observation(result.text, result.summary)
     return "\n".join(part for part in (text, rest) if part)

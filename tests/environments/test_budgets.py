@@ -51,7 +51,11 @@ def play(turns, budget=NO_BUDGET, faults=None, calls_per_turn=1, max_calls=4, **
     environment = QuestionAnswering(Toolbox(tools, 20.0), max_calls, is_compact=True)
     instance = Instance("t/0", TASK, Preference("any", "Any.", WEIGHTS), (DEAR, CHEAP), 0, budget)
     scripts = [turn if isinstance(turn, list) else chat_format.encode_turn(CHAT, "", [turn]) for turn in turns]
-    config = RolloutConfig(120, 900, calls_per_turn, 1.0, 0.2, 200.0, **settings)
+    sizes = {"max_turn_tokens": 120, "max_tokens": 900, **settings}
+    config = RolloutConfig(
+        calls_per_turn=calls_per_turn, temperature=1.0, orchestrator_usd_per_million_tokens=0.2,
+        orchestrator_tokens_per_s=200.0, **sizes,
+    )  # fmt: skip
     engine = ScriptedEngine(lambda session_id, turn, prompt_tokens: scripts[turn], 0)
     return asyncio.run(run_episode(instance, 0, environment, engine, CHAT, config, seed=0))
 
@@ -120,12 +124,34 @@ def broken_call():
     return [*tokens[: start + 1], *tokens[start + 3 :]]
 
 
-@pytest.mark.parametrize(("corrects", "status"), [(False, EpisodeStatus.MALFORMED), (True, EpisodeStatus.ANSWERED)])
-def test_an_unreadable_call_ends_the_episode_or_is_corrected(corrects, status):
-    trajectory = play([broken_call(), call("answer", CHEAP)], should_correct_calls=corrects)
+@pytest.mark.parametrize(("corrections", "status"), [(0, EpisodeStatus.MALFORMED), (1, EpisodeStatus.ANSWERED)])
+def test_an_unreadable_call_ends_the_episode_or_is_corrected(corrections, status):
+    trajectory = play([broken_call(), call("answer", CHEAP)], num_corrections=corrections)
     assert trajectory.status == status
-    if corrects:
+    if corrections:
         assert trajectory.receipts[1].reason == Reason.NOT_JSON and "not valid JSON" in shown(trajectory)
+        assert (trajectory.receipts[1].cost_usd, trajectory.calls[0].status) == (0.0, CallStatus.REFUSED)
+
+
+def test_an_unreadable_call_is_one_of_those_that_an_episode_may_make():
+    trajectory = play([broken_call()], num_corrections=1, max_calls=1)
+    assert trajectory.status == EpisodeStatus.TURN_LIMIT and len(trajectory.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "told"),
+    [
+        (ToolCall("browse", {"model": "expert-3"}), Reason.UNKNOWN_TOOL, "there is no tool 'browse'"),
+        (ToolCall("search", {"model": 3}), Reason.WRONG_ARGUMENTS, "3 is not of type 'string'"),
+        (ToolCall("search", {"model": "expert-3", "now": True}), Reason.EXTRA_FIELDS, "('now' was unexpected)"),
+        (ToolCall("search", {"model": "x" * 9_000}), Reason.TOO_LONG, "characters of 8192"),
+    ],
+)
+def test_with_corrections_a_short_prompts_policy_too_is_told_what_was_wrong(bad, reason, told):
+    trajectory = play([bad, call("answer", CHEAP)], num_corrections=1, max_turn_tokens=20_000, max_tokens=30_000)
+    assert trajectory.receipts[1].reason == reason and trajectory.status == EpisodeStatus.ANSWERED
+    assert told in shown(trajectory)
+    assert told not in shown(play([bad, call("answer", CHEAP)], max_turn_tokens=20_000, max_tokens=30_000))
 
 
 def test_calls_beyond_the_turns_limit_say_so_in_their_receipt():

@@ -7,7 +7,8 @@
     turn brought. A call that ran is recorded and charged whatever becomes of its turn.
  5. Calls beyond `calls_per_turn`, or beyond what is left of `max_calls`, are refused and not run.
  6. A turn that is no valid call ends the episode as MALFORMED; it stays in the stream with mask 1. With
-    `num_corrections` of 1 the first one is answered with a corrective message, and the second one ends the episode.
+    `num_corrections` of 1 the first one is answered with what is wrong, and the second one ends the episode; a call in
+    it that cannot be read has a receipt of its own and is one of the `max_calls`.
  7. An unknown tool, wrong arguments or an expert that is not on offer are refused; the episode goes on.
  8. `max_calls` calls without an answer: TURN_LIMIT.
  9. A turn cut by the token limit, or no room left for another turn: TOKEN_LIMIT. No stream exceeds `max_tokens`.
@@ -42,7 +43,7 @@ from orchestra_jax.tools.ledger import ORCHESTRATOR, replay, split_turns
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
 from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.toolbox import Toolbox
-from orchestra_jax.types import CallStatus, EpisodeStatus, Message, StopReason, ToolCall
+from orchestra_jax.types import CallStatus, EpisodeStatus, Message, Reason, StopReason, ToolCall
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 QWEN3_DIRECTORY = pathlib.Path(
@@ -334,18 +335,21 @@ def test_the_first_malformed_turn_is_corrected_and_the_second_ends_the_episode(e
     """Rule 6: the correction is an observation (mask 0) behind the end of the turn; the bad turn is trained on."""
     broken = broken_turn(kind)
     trajectory = play(environment, [broken, ANSWER], num_corrections=1)
-    assert (trajectory.status, trajectory.answer, len(trajectory.calls)) == (EpisodeStatus.ANSWERED, "tom", 1)
+    assert (trajectory.status, trajectory.answer) == (EpisodeStatus.ANSWERED, "tom")
     check_alignment(trajectory)
+    errors = [call.error for call in chat_format.parse_turn(CHAT, broken).calls if call.error]
+    assert [record.result_text for record in trajectory.calls[:-1]] == errors
+    assert [receipt.reason for receipt in trajectory.receipts[1:-2]] == [Reason.NOT_JSON] * len(errors)
     (start, end), (last_start, _) = sampled_turns(trajectory)
     stops = chat_format.stop_ids(CHAT, 1)
     sampled = broken[: 1 + next(number for number, token in enumerate(broken) if token in stops)]
     assert trajectory.tokens[start:end].tolist() == sampled
     forced = [] if sampled[-1] == CHAT.end_of_turn_id else [CHAT.end_of_turn_id]
-    shown = environment.observation(CORRECTION, SHORT_CORRECTION)
-    assert trajectory.tokens[end:last_start].tolist() == forced + chat_format.encode_observation(CHAT, [shown])
+    told = errors or [environment.observation(CORRECTION, SHORT_CORRECTION)]
+    assert trajectory.tokens[end:last_start].tolist() == forced + chat_format.encode_observation(CHAT, told)
     again = play(environment, [broken, broken, ANSWER], num_corrections=1)
-    assert (again.status, again.calls) == (EpisodeStatus.MALFORMED, ())
-    assert [receipt.tool for receipt in again.receipts] == [ORCHESTRATOR] * 2 and again.loss_mask[-1]
+    assert (again.status, len(again.calls)) == (EpisodeStatus.MALFORMED, len(errors))
+    assert sum(receipt.tool == ORCHESTRATOR for receipt in again.receipts) == 2 and again.loss_mask[-1]
 
 
 def test_a_good_call_between_two_malformed_turns_does_not_reset_the_count(environment):
