@@ -12,6 +12,7 @@ import sys
 
 from absl import app, flags
 
+TIMEOUT_S = 3600.0  # of a batch: a small server may be slow
 _CORPUS = flags.DEFINE_string("corpus", None, "JSON lines, or a folder of .txt files.", required=True)
 _INDEX = flags.DEFINE_string("index", None, "A new directory for the index.", required=True)
 _ENDPOINT = flags.DEFINE_string("embedding_endpoint", "", "Base URL of an OpenAI-compatible server; empty: no vectors.")
@@ -21,11 +22,13 @@ _KEY = flags.DEFINE_string("api_key_variable", "", "The environment variable tha
 
 def main(_):
     from orchestra_jax.data.corpus import load_documents
-    from orchestra_jax.tools.search.dense_search import EmbeddingEndpoint
     from orchestra_jax.tools.search.document_index import build_index
+    from orchestra_jax.tools.search.embedding import EmbeddingEndpoint
 
     try:
-        embed = EmbeddingEndpoint(_ENDPOINT.value, _MODEL.value, _KEY.value).embed if _ENDPOINT.value else None
+        embed = None
+        if _ENDPOINT.value:
+            embed = EmbeddingEndpoint(_ENDPOINT.value, _MODEL.value, _KEY.value, timeout_s=TIMEOUT_S).embed
         num_documents = build_index(_INDEX.value, load_documents(_CORPUS.value), embed)
     except ValueError as error:
         print(f"build_index: {error}", file=sys.stderr)

@@ -24,8 +24,8 @@ _NUM_RESULTS = flags.DEFINE_integer("num_results", 10, "Where the ranking is cut
 
 def main(_):
     from orchestra_jax.data.records import Document
-    from orchestra_jax.tools.search.dense_search import EmbeddingEndpoint
     from orchestra_jax.tools.search.document_index import RANKINGS, DocumentIndex, build_index
+    from orchestra_jax.tools.search.embedding import EmbeddingEndpoint
 
     folder = pathlib.Path(_FOLDER.value)
     with gzip.open(folder / "documents.json.gz") as file:
@@ -33,7 +33,7 @@ def main(_):
     tasks = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
     asked = [(each["user_scenario"]["instructions"], set(each.get("required_documents") or ())) for each in tasks]
     labelled = [(str(query), needed) for query, needed in asked if needed]
-    embed = EmbeddingEndpoint(_ENDPOINT.value, _MODEL.value).embed if _ENDPOINT.value else None
+    embed = EmbeddingEndpoint(_ENDPOINT.value, _MODEL.value, timeout_s=3600.0).embed if _ENDPOINT.value else None
     with tempfile.TemporaryDirectory() as scratch:
         build_index(pathlib.Path(scratch) / "index", documents, embed)
         for ranking in RANKINGS if embed else RANKINGS[:1]:

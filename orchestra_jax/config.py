@@ -53,6 +53,7 @@ class ToolsConfig:
     embedding_endpoint: str = ""  # for the queries of the last two
     embedding_model: str = ""
     embedding_key_variable: str = ""
+    embedding_usd_per_million_tokens: float = 0.0  # of real money; 0: nobody is billed
     web_provider: str = ""  # a key of tools.search.web_search.PROVIDERS: adds the tool web_search
     mcp_path: str = ""  # JSON, see tools.mcp.load_servers: adds their tools
     limits_path: str = ""  # JSON by tool, see tools.limits.Limits

@@ -26,8 +26,8 @@ from orchestra_jax.tools.limits import Limits
 from orchestra_jax.tools.mcp import load_servers
 from orchestra_jax.tools.recording import RecordedTool, Store
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
-from orchestra_jax.tools.search.dense_search import EmbeddingEndpoint
 from orchestra_jax.tools.search.document_index import DocumentIndex
+from orchestra_jax.tools.search.embedding import EmbeddingEndpoint, recorded
 from orchestra_jax.tools.search.local_search import LocalSearch
 from orchestra_jax.tools.search.web_search import PROVIDERS, WebSearch
 from orchestra_jax.tools.tool import Tool
@@ -71,16 +71,30 @@ def _load_endpoints(config: RunConfig, account: Account, store: Store | None) ->
     )
 
 
-def build_index(config: RunConfig, documents: Sequence[Document]) -> SearchIndex:
-    """What the tool `search` looks into."""
+def build_index(
+    config: RunConfig, documents: Sequence[Document], account: Account, store: Store | None = None
+) -> SearchIndex:
+    """What the tool `search` looks into. ValueError for an endpoint that costs money under a cap of 0."""
     tools = config.tools
     if not tools.index_directory:
         return LocalSearch(documents)
-    embed = None
+    embed, price = None, tools.embedding_usd_per_million_tokens
     if tools.embedding_endpoint:
-        endpoint = EmbeddingEndpoint(tools.embedding_endpoint, tools.embedding_model, tools.embedding_key_variable)
-        embed = endpoint.embed
-    return DocumentIndex(tools.index_directory, tools.ranking, embed)
+        is_offline = store is not None and store.is_replay
+        if price and not config.experts.spend_cap_usd and not is_offline:
+            raise ValueError(
+                f"embeddings cost ${price:g} a million tokens and experts.spend_cap_usd is 0: set it to the dollars "
+                "that the run may spend"
+            )
+        endpoint = EmbeddingEndpoint(
+            tools.embedding_endpoint,
+            tools.embedding_model,
+            "" if is_offline else tools.embedding_key_variable,
+            usd_per_million_tokens=price,
+            account=account,
+        )
+        embed = endpoint.embed if store is None else recorded(endpoint.embed, endpoint.model, store)
+    return DocumentIndex(tools.index_directory, tools.ranking, embed, price)
 
 
 def build_toolbox(
@@ -97,7 +111,7 @@ def build_toolbox(
     store = open_store(config)
     experts = build_experts(config, account, store)
     tools: list[Tool] = [
-        Search(experts, build_index(config, documents)),
+        Search(experts, build_index(config, documents, account, store)),
         EnhanceReasoning(experts, sandbox),
         Answer(experts),
     ]

@@ -11,6 +11,8 @@ the expert's tokens at the prices of the instance's offer.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from orchestra_jax.rewards.outcome import holds_evidence
 from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
 from orchestra_jax.tools.sandbox.python_sandbox import ProgramStatus, PythonSandbox
+from orchestra_jax.tools.search.embedding import EmbeddingFailure
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
@@ -107,7 +110,11 @@ class _Delegation:
 
 
 class SearchIndex(Protocol):
-    """Documents that can be searched: LocalSearch, or DocumentIndex on disk."""
+    """Documents that can be searched: LocalSearch, or DocumentIndex on disk, which may ask an endpoint first."""
+
+    asks_outside: bool
+
+    def query_cost_usd(self, query: str) -> float: ...
 
     def search(self, query: str, num_results: int) -> list[tuple[Document, float]]: ...
 
@@ -121,12 +128,31 @@ class Search(_Delegation):
         self._index = index
 
     async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
-        documents = [document for document, _ in self._index.search(reply.text, NUM_SEARCH_RESULTS)]
+        cost_usd = self._index.query_cost_usd(reply.text)
+        if cost_usd:
+            receipt = _with_embedding(receipt, cost_usd)
+        find = functools.partial(self._index.search, reply.text, NUM_SEARCH_RESULTS)
+        try:
+            found = await asyncio.to_thread(find) if self._index.asks_outside else find()
+        except EmbeddingFailure as error:
+            receipt = dataclasses.replace(receipt, status=CallStatus.FAILED, reason=error.reason)
+            return ToolResult(f"search failed: {error.reason}", "search failed", receipt, CallStatus.FAILED)
+        documents = [document for document, _ in found]
         if not documents:
             return ToolResult("no documents found", "no documents", receipt)
         text = "\n\n".join(f"{document.title}\n{document.text}" for document in documents)
         evidence = Evidence(document_ids=tuple(document.document_id for document in documents), text=text)
         return ToolResult(text, "documents found", receipt, evidence=evidence)
+
+
+def _with_embedding(receipt: Receipt, cost_usd: float) -> Receipt:
+    """The receipt with the query's embedding on it, at the most that it can have cost."""
+    return dataclasses.replace(
+        receipt,
+        fixed_cost_usd=receipt.fixed_cost_usd + cost_usd,
+        cost_usd=receipt.cost_usd + cost_usd,
+        is_estimated=True,
+    )
 
 
 class EnhanceReasoning(_Delegation):

@@ -17,9 +17,7 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import pathlib
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,7 @@ from orchestra_jax.experts.chat_completion import Failure, Partial, ask, estimat
 from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
 from orchestra_jax.experts.roles import extract, render_messages
 from orchestra_jax.tools.budget import Account
+from orchestra_jax.tools.credentials import public_url, read_key, without_key
 from orchestra_jax.tools.ledger import token_cost_usd
 from orchestra_jax.tools.limits import Attempt, Limiter, Limits, Outcome
 from orchestra_jax.types import CallStatus, Reason
@@ -82,14 +81,9 @@ class EndpointExpert:
                 f"timeout_s {timeout_s} must be positive, max_output_tokens {max_output_tokens} at least 1 and "
                 f"max_retries {max_retries} at least 0"
             )
-        self._where = _public_url(endpoint) if isinstance(endpoint, str) else "the given client"
-        if api_key_variable and not os.environ.get(api_key_variable):
-            raise ValueError(
-                f"the environment variable {api_key_variable!r} is not set: put the key of {self._where} into it, or "
-                'give api_key_variable="" for a server that wants none'
-            )
+        self._where = public_url(endpoint) if isinstance(endpoint, str) else "the given client"
         self._endpoint, self.model, self._is_own_client = endpoint, model, not isinstance(endpoint, openai.AsyncOpenAI)
-        self._api_key = os.environ[api_key_variable] if api_key_variable else ""
+        self._api_key = read_key(api_key_variable, self._where)
         self.has_key = bool(self._api_key)
         self.max_output_tokens, self._is_streaming = max_output_tokens, is_streaming
         self._limiter = Limiter(Limits(timeout_s, max_concurrent, requests_per_s, max_retries + 1, first_wait_s))
@@ -186,7 +180,7 @@ class EndpointExpert:
         )
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._api_key, "[key]") if self._api_key else text
+        return without_key(text, self._api_key)
 
     def _connect(self) -> openai.AsyncOpenAI:
         """A client for the loop that runs now: pooled connections do not outlive the loop that opened them."""
@@ -233,17 +227,6 @@ def _input_estimate(messages: Sequence[Mapping[str, str]]) -> int:
 
 def _output_estimate(partial: Partial) -> int:
     return estimate_tokens("".join(partial))
-
-
-def _public_url(url: str) -> str:
-    """The URL, which the client's own log shows: refused if a key can stand in it."""
-    parts = urllib.parse.urlsplit(url)
-    if "@" in parts.netloc or parts.query:
-        raise ValueError(
-            f"the endpoint at {parts.hostname!r} has a user or a query in its URL, which logs show: give the bare URL "
-            "and name the variable that holds the key in api_key_variable"
-        )
-    return url
 
 
 def load_endpoints(

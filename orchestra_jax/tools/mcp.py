@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from orchestra_jax.tools.budget import Quote
+from orchestra_jax.tools.credentials import public_url
 from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.tools.tool import ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason
@@ -36,7 +37,8 @@ class McpServer:
       timeout_s: of one call. cost_usd: what one call is charged.
 
     Raises:
-      ValueError: neither or both of command and url, a variable that is not set, or a server that does not start.
+      ValueError: neither or both of command and url, a variable that is not set, a url that can hold a key, or a server
+        that does not start.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class McpServer:
     ):
         if bool(command) == bool(url):
             raise ValueError(f"an MCP server has a command or a url, got command {list(command)} and url {url!r}")
+        public_url(url)
         wanted = [*variables, *([api_key_variable] if api_key_variable else [])]
         if unset := [name for name in wanted if name not in os.environ]:
             raise ValueError(f"the environment variables {unset} of the MCP server {url or command[0]!r} are not set")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.serve_embeddings import load_encoder, make_server
-from orchestra_jax.tools.search.dense_search import EmbeddingEndpoint
+from orchestra_jax.tools.search.embedding import EmbeddingEndpoint
 
 WORDS = ("[PAD]", "[UNK]", "cats", "purr", "dogs", "bark", "loud")
 

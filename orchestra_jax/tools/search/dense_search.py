@@ -1,4 +1,4 @@
-"""Dense search: texts as unit vectors from any OpenAI-compatible embedding endpoint, nearest ones by inner product.
+"""Dense search: texts as unit vectors (embedding.py), nearest ones by inner product.
 
 The index is faiss: exact up to MAX_EXACT vectors, beyond that inverted lists of 8-bit vectors, opened by memory map.
     number of lists = 4 sqrt(N) rounded to a power of two;  lists looked at for a query = 32
@@ -8,38 +8,12 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 
 MAX_EXACT = 50_000
 NUM_PROBES = 32
 TRAINING_VECTORS_PER_LIST = 40
-EMBEDDING_TIMEOUT_S = 3600.0  # of a batch: a small server may be slow
-
-
-class EmbeddingEndpoint:
-    """Texts to vectors. ValueError if the variable that is to hold the key is not set, or a reply is no embedding."""
-
-    def __init__(self, endpoint: str, model: str, api_key_variable: str = "", batch_size: int = 64):
-        import openai
-
-        if api_key_variable and not os.environ.get(api_key_variable):
-            raise ValueError(f"the environment variable {api_key_variable!r} is not set: put the key into it")
-        key = os.environ[api_key_variable] if api_key_variable else "none"
-        self._client = openai.OpenAI(base_url=endpoint, api_key=key, timeout=EMBEDDING_TIMEOUT_S)
-        self._model, self._batch_size = model, batch_size
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """[N, D] float32, each of length 1."""
-        rows = []
-        for start in range(0, len(texts), self._batch_size):
-            batch = list(texts[start : start + self._batch_size])
-            reply = self._client.embeddings.create(model=self._model, input=batch, encoding_format="float")
-            if len(reply.data) != len(batch):
-                raise ValueError(f"the embedding endpoint gave {len(reply.data)} vectors for {len(batch)} texts")
-            rows += [each.embedding for each in sorted(reply.data, key=lambda each: each.index)]
-        return unit(np.asarray(rows, np.float32))
 
 
 def unit(vectors_ND: np.ndarray) -> np.ndarray:

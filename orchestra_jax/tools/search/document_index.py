@@ -15,20 +15,19 @@ import json
 import mmap
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from orchestra_jax.data.records import Document
 from orchestra_jax.tools.search.dense_search import DenseIndex, write_dense_index
+from orchestra_jax.tools.search.embedding import Embed, most_cost_usd
 from orchestra_jax.tools.search.local_search import load_bm25s, split_words
 
 RANKINGS = ("bm25", "dense", "fused")
 FUSION_OFFSET = 60
 FUSION_DEPTH = 100
 EMBEDDING_BATCH = 1_024
-
-Embed = Callable[[Sequence[str]], np.ndarray]
 
 
 def build_index(directory: str | os.PathLike, documents: Iterable[Document], embed: Embed | None = None) -> int:
@@ -107,12 +106,19 @@ class DocumentIndex:
       directory: its place.
       ranking: one of RANKINGS.
       embed: queries to unit vectors by the model of the documents; wanted by all rankings but "bm25".
+      usd_per_million_tokens: what embedding a query is charged.
 
     Raises:
       ValueError: no index there, an unknown ranking, or one that the index or the arguments do not allow.
     """
 
-    def __init__(self, directory: str | os.PathLike, ranking: str = "bm25", embed: Embed | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        ranking: str = "bm25",
+        embed: Embed | None = None,
+        usd_per_million_tokens: float = 0.0,
+    ):
         directory = pathlib.Path(directory)
         if ranking not in RANKINGS:
             raise ValueError(f"ranking {ranking!r} is not one of {RANKINGS}")
@@ -129,9 +135,15 @@ class DocumentIndex:
         self._bm25 = load_bm25s().BM25.load(directory / "bm25", mmap=True) if ranking != "dense" else None
         self._dense = DenseIndex(directory / "dense.faiss") if ranking != "bm25" else None
         self.num_documents = about["num_documents"]
+        self.asks_outside = ranking != "bm25"
+        self._price = usd_per_million_tokens if self.asks_outside else 0.0
+
+    def query_cost_usd(self, query: str) -> float:
+        """What a search is charged: the most that embedding the query can cost."""
+        return most_cost_usd([query], self._price)
 
     def search(self, query: str, num_results: int) -> list[tuple[Document, float]]:
-        """Up to `num_results` documents, best first, with the ranking's own scores."""
+        """Up to `num_results` documents, best first, with the ranking's own scores. Embedding the query may fail."""
         if num_results < 1:
             raise ValueError(f"num_results must be at least 1, got {num_results}")
         return [(self._documents[number], score) for number, score in self.rank(query, num_results)]

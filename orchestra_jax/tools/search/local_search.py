@@ -43,6 +43,8 @@ class LocalSearch:
     Raises ValueError when there is no document, or two have the same id.
     """
 
+    asks_outside = False
+
     def __init__(self, documents: Sequence[Document]):
         if not documents:
             raise ValueError("LocalSearch needs at least one document, got none")
@@ -61,6 +63,9 @@ class LocalSearch:
         if num_results < 1:
             raise ValueError(f"num_results must be at least 1, got {num_results}")
         return list(self._scores(query, num_results))
+
+    def query_cost_usd(self, query: str) -> float:
+        return 0.0
 
     def _score(self, query: str, num_results: int) -> tuple[tuple[Document, float], ...]:
         words = [word for word in split_words(query) if word in self._index.vocab_dict]

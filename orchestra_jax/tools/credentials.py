@@ -1,0 +1,31 @@
+"""Keys come from the environment, and URLs hold none: the HTTP client writes whole URLs into its log."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+
+
+def read_key(variable: str, where: str) -> str:
+    """The key that the environment variable holds, "" for no variable. ValueError if it is not set, or empty."""
+    if variable and not os.environ.get(variable):
+        raise ValueError(
+            f"the environment variable {variable!r} is not set: put the key of {where} into it, or give "
+            'api_key_variable="" for a server that wants none'
+        )
+    return os.environ[variable] if variable else ""
+
+
+def public_url(url: str) -> str:
+    """The URL as it is; ValueError if a key can stand in it."""
+    parts = urllib.parse.urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(
+            f"the endpoint at {parts.hostname!r} has a user or a query in its URL, which logs show: give the bare URL "
+            "and name the variable that holds the key in api_key_variable"
+        )
+    return url
+
+
+def without_key(text: str, key: str) -> str:
+    return text.replace(key, "[key]") if key else text

@@ -1,0 +1,139 @@
+"""The embedding endpoint against a real HTTP server: vectors, failures, money, keys, and search on top of it."""
+
+import asyncio
+import json
+import logging
+
+import numpy as np
+import pytest
+from json_server import serve
+
+from orchestra_jax.config import RunConfig
+from orchestra_jax.data.records import Document, Instance, Offer, Preference, Task
+from orchestra_jax.experts.delegation import Search
+from orchestra_jax.experts.simulated import SimulatedExperts
+from orchestra_jax.experts.world import WorldConfig
+from orchestra_jax.tools.budget import Account
+from orchestra_jax.tools.recording import Store
+from orchestra_jax.tools.search.document_index import DocumentIndex, build_index
+from orchestra_jax.tools.search.embedding import EmbeddingEndpoint, EmbeddingFailure, most_cost_usd
+from orchestra_jax.tools.tool import Evidence, ToolContext
+from orchestra_jax.toolset import build_index as build_run_index
+from orchestra_jax.types import CallStatus, Reason
+
+KEY = "sk-nobody-may-see-this"
+OFFER = Offer("expert-1", "gpt-5", False, 1.0, 1.0, 2.0)
+TASK = Task("t", "geography", "one_hop", "Which?", "tom", "search", ("a",), query="cat", poor_query="cat")
+CONTEXT = ToolContext(Instance("i", TASK, Preference("any", "", {}), (OFFER,), 0), 0, Evidence())
+DOCUMENTS = (Document("a", "Cats", "a cat"), Document("b", "Dogs", "a dog"))
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def vectors(path, headers, body, num_tokens=3):
+    """Cats lie along one axis, dogs along the other; the rows come in the wrong order."""
+    rows = [[3.0, 0.0] if "cat" in text.lower() else [0.0, 5.0] for text in body["input"]]
+    data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    reply = {"object": "list", "data": data[::-1], "model": "m", "usage": usage}
+    return 200, {"Content-Type": "application/json"}, json.dumps(reply).encode()
+
+
+def broken(status, text=b"", **headers):
+    return lambda *_: (status, {"Content-Type": "application/json", **headers}, text)
+
+
+def test_vectors_come_in_order_at_length_one_and_the_account_books_the_endpoints_count():
+    account = Account(1.0)
+    with serve(vectors) as (url, requests):
+        made = EmbeddingEndpoint(url, "m", "SOME_KEY", 2, usd_per_million_tokens=1.0, account=account)
+        found = made.embed(["cat", "dog", "cats"])
+    np.testing.assert_allclose(found, [[1, 0], [0, 1], [1, 0]])
+    assert [body["input"] for _, _, body in requests] == [["cat", "dog"], ["cats"]]
+    assert requests[0][1]["authorization"] == f"Bearer {KEY}"
+    assert account.spent_usd == pytest.approx(6e-6)  # three tokens a request
+
+
+@pytest.mark.parametrize(
+    ("respond", "reason", "paid_usd"),
+    [
+        (broken(429, b"{}", **{"Retry-After": "0"}), Reason.RATE_LIMITED, 0.0),
+        (broken(401, json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode()), Reason.SERVER_ERROR, 0.0),
+        (broken(200, b"{"), Reason.UNREADABLE, 3e-6),
+        (broken(200, b'{"data": []}'), Reason.UNREADABLE, 3e-6),
+        (lambda path, headers, body: vectors(path, headers, {"input": []}), Reason.UNREADABLE, 3e-6),
+    ],
+)
+def test_each_failure_has_its_reason_and_charge_and_tells_no_key(respond, reason, paid_usd, caplog):
+    caplog.set_level(logging.DEBUG)
+    account = Account(1.0)
+    with serve(respond) as (url, requests):
+        made = EmbeddingEndpoint(url, "m", "SOME_KEY", usd_per_million_tokens=1.0, account=account)
+        with pytest.raises(EmbeddingFailure) as error:
+            made.embed(["cat"])
+    assert (error.value.reason, len(requests)) == (reason, 1)  # who is billed is asked once
+    assert account.spent_usd == pytest.approx(paid_usd)
+    assert KEY not in str(error.value) + repr(error.value) and KEY not in caplog.text
+
+
+def test_nobody_is_asked_beyond_the_cap_and_no_url_holds_a_key():
+    with serve(vectors) as (url, requests):
+        made = EmbeddingEndpoint(url, "m", usd_per_million_tokens=1e6, account=Account(1.0))
+        with pytest.raises(EmbeddingFailure, match="spending cap") as error:
+            made.embed(["cat"])
+    assert error.value.reason == Reason.SPEND_CAP and requests == []
+    with pytest.raises(ValueError, match="a user or a query in its URL") as told:
+        EmbeddingEndpoint(f"http://127.0.0.1:1/v1?key={KEY}", "m")
+    assert KEY not in str(told.value)
+    with pytest.raises(ValueError, match="'NO_SUCH' is not set"):
+        EmbeddingEndpoint("http://127.0.0.1:1/v1", "m", "NO_SUCH")
+
+
+def search(index):
+    experts = SimulatedExperts(WorldConfig())
+    return asyncio.run(Search(lambda model: experts, index).run({"model": "expert-1"}, CONTEXT))
+
+
+def test_a_search_by_vectors_is_charged_for_its_query_and_fails_as_data(tmp_path):
+    with serve(vectors) as (url, _):
+        embed = EmbeddingEndpoint(url, "m").embed
+        build_index(tmp_path / "index", DOCUMENTS, embed)
+        index = DocumentIndex(tmp_path / "index", "dense", embed, usd_per_million_tokens=2.0)
+        found, words = search(index), search(DocumentIndex(tmp_path / "index"))
+    assert found.evidence.document_ids[0] == "a"
+    assert found.receipt.cost_usd - words.receipt.cost_usd == pytest.approx(most_cost_usd(["cat"], 2.0)) == 6e-6
+    nobody = EmbeddingEndpoint("http://127.0.0.1:1/v1", "m", usd_per_million_tokens=2.0).embed
+    failed = search(DocumentIndex(tmp_path / "index", "dense", nobody, usd_per_million_tokens=2.0))
+    assert (failed.status, failed.receipt.reason) == (CallStatus.FAILED, Reason.NO_CONNECTION)
+    assert failed.receipt.cost_usd == found.receipt.cost_usd and failed.evidence == Evidence()
+
+
+def test_embeddings_are_recorded_and_replayed_without_key_or_money(tmp_path, monkeypatch):
+    account = Account(1.0)
+    config = RunConfig()
+    config.tools.index_directory, config.tools.ranking = str(tmp_path / "index"), "fused"
+    config.tools.embedding_model, config.tools.embedding_key_variable = "m", "SOME_KEY"
+    config.tools.embedding_usd_per_million_tokens = 1.0
+    with serve(vectors) as (url, requests):
+        config.tools.embedding_endpoint = url
+        build_index(tmp_path / "index", DOCUMENTS, EmbeddingEndpoint(url, "m").embed)
+        with pytest.raises(ValueError, match="embeddings cost .1 a million tokens and experts.spend_cap_usd is 0"):
+            build_run_index(config, DOCUMENTS, account)
+        config.experts.spend_cap_usd = 1.0
+        online = build_run_index(config, DOCUMENTS, account, Store(tmp_path / "store", "record"))
+        before = len(requests)
+        first, again = online.search("cat", 2), online.search("cat", 2)
+        assert len(requests) == before + 1
+    monkeypatch.delenv("SOME_KEY")
+    config.experts.spend_cap_usd = 0.0
+    offline = build_run_index(config, DOCUMENTS, account, Store(tmp_path / "store", "replay"))
+    assert offline.search("cat", 2) == again == first
+    assert account.spent_usd == pytest.approx(3e-6)
+    with pytest.raises(EmbeddingFailure, match="not recorded"):
+        offline.search("dog", 2)
+    assert KEY not in "".join(p.read_text() for p in (tmp_path / "store").rglob("*.json"))
