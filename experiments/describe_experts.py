@@ -20,6 +20,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "The JSON file to write: descripti
 _POOL = flags.DEFINE_string("pool", "", "A pool of configs/catalog.py; empty: the experts of the quickstart.")
 _NUM_TASKS = flags.DEFINE_integer("num_tasks", 10, "Tasks that each expert is given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampled tasks.")
+_RECORDING = flags.DEFINE_string("recording_directory", "", "Replies are recorded there; empty: they are not.")
+_MODE = flags.DEFINE_string("recording_mode", "record", 'Or "replay": nobody is asked.')
 _CAP = flags.DEFINE_float("spend_cap_usd", 0.0, "Real money that this may spend.")
 
 
@@ -39,9 +41,11 @@ async def describe_all() -> dict[str, str]:
     from orchestra_jax.experts.catalog import Pool
     from orchestra_jax.experts.descriptions import describe
     from orchestra_jax.experts.endpoint import load_endpoints
+    from orchestra_jax.experts.replay import RecordedExpert
     from orchestra_jax.experts.simulated import SimulatedExperts
     from orchestra_jax.experts.world import WorldConfig, expert_names, model_names
     from orchestra_jax.tools.budget import Account
+    from orchestra_jax.tools.recording import Store
 
     pools = {name: value for name, value in vars(catalog).items() if isinstance(value, Pool)}
     if _POOL.value and _POOL.value not in pools:
@@ -49,7 +53,11 @@ async def describe_all() -> dict[str, str]:
     pool = pools.get(_POOL.value, Pool())
     world = WorldConfig(training_pool=pool, evaluation_pool=pool)
     account = Account(_CAP.value)
-    endpoints = load_endpoints(_ENDPOINTS.value, model_names(world), account)
+    store = Store(_RECORDING.value, _MODE.value) if _RECORDING.value else None
+    is_offline = store is not None and store.is_replay
+    endpoints = load_endpoints(_ENDPOINTS.value, model_names(world), account, is_offline)
+    if store is not None:
+        endpoints = {model: RecordedExpert(endpoint, store) for model, endpoint in endpoints.items()}
     if _WRITER.value not in endpoints:
         raise ValueError(f"the writer {_WRITER.value!r} has no endpoint: choose one of {sorted(endpoints)}")
     simulated = SimulatedExperts(world)

@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from orchestra_jax.data.records import Instance, Preference, Task
+from orchestra_jax.data.records import Budget, Instance, Preference, Task
 from orchestra_jax.grpo.scoring import ScoringSettings, score_groups
 from orchestra_jax.metrics import check_metric_names
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rollout_metrics import rollout_metrics
-from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, ToolCall, Trajectory, TrajectoryGroup
+from orchestra_jax.tools.ledger import ORCHESTRATOR, make_receipt
+from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Reason, ToolCall, Trajectory, TrajectoryGroup
 
 OBJECTIVES = (Objective("outcome", "maximize", 0.0, 1.0), Objective("cost_usd", "minimize", 0.0, 1.0))
 SECONDS = (2.0, 0.5, 1.5)
@@ -137,3 +138,24 @@ def test_a_step_in_which_everything_failed_has_numbers_all_the_same():
     assert values["filter/failed_share"] == values["episode/status/tool_failure"] == 1.0
     assert (values["filter/kept_groups_share"], values["filter/reason/too_few_valid"]) == (0.0, 1.0)
     assert not any(name.startswith(("score/", "calls/", "objective/", "loss/", "advantage/")) for name in values)
+
+
+def test_what_a_budget_did_by_hand():
+    """Limits of $0.01 and 10 s: one stays within, one is refused a call and yet overspends, one is late."""
+
+    def charged(cost_usd, service_s, *refusals):
+        receipts = (
+            make_receipt(ORCHESTRATOR, service_s=1.0, fixed_cost_usd=cost_usd),
+            make_receipt("answer", service_s=service_s),
+            *(make_receipt("answer", service_s=0.0, status=CallStatus.REFUSED, reason=reason) for reason in refusals),
+        )
+        return dataclasses.replace(rollout(1.0, cost_usd), receipts=receipts)
+
+    limited = dataclasses.replace(CHEAP, budget=Budget(0.01, 10.0))
+    rollouts = (charged(0.005, 3.0), charged(0.012, 1.0, Reason.OVER_BUDGET), charged(0.0, 19.0))
+    groups = [group(limited, *rollouts), group(RIGHT, charged(5.0, 500.0), charged(0.0, 0.0))]
+    scored = score_groups(groups, OBJECTIVES, ScoringSettings())
+    values = rollout_metrics([limited, RIGHT], groups, scored, OBJECTIVES, (), SECONDS)
+    expected = {"violation_rate": 2 / 3, "refused_share": 1 / 3, "used_share": (0.5 + 1.2 + 2.0) / 3}
+    assert {name: values[f"budget/{name}"] for name in expected} == pytest.approx(expected)
+    assert not any(name.startswith("budget/") for name in metrics(GROUPS))  # no budget, no figure

@@ -101,9 +101,10 @@ def tool_schemas(toolbox: Toolbox, instance: Instance, descriptions: Mapping[str
 
 def _model_schema(offers: Sequence[Offer], descriptions: Mapping[str, str]) -> dict[str, object]:
     known = [f"{offer.alias}: {descriptions[offer.model]}" for offer in offers if offer.model in descriptions]
+    timed = "an answer" if all("answer" in offer.roles for offer in offers) else "a call"
     description = (
-        "The expert that does the work. Who is on offer, by price per million tokens and by time of an "
-        f"answer:\n{render_offers(offers)}"
+        f"The expert that does the work. Who is on offer, by price per million tokens and by time of {timed}:\n"
+        f"{render_offers(offers)}"
     )
     return {
         **PARAMETERS_SCHEMA["properties"]["model"],

@@ -14,7 +14,6 @@ from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
 from orchestra_jax.experts.roles import render_messages
 from orchestra_jax.run_directory import json_value
-from orchestra_jax.tools.ledger import JUDGE
 from orchestra_jax.tools.recording import Store
 from orchestra_jax.types import CallStatus, Reason
 
@@ -35,8 +34,8 @@ class RecordedExpert:
         return await self._held_or(asked, lambda: self._expert.reply(request))
 
     async def complete(self, messages: Sequence[Mapping[str, str]]) -> ExpertReply:
-        """What a judge is asked (experts/judge.py)."""
-        asked = self._asked(JUDGE, [dict(each) for each in messages], [])
+        """The reply to messages as they are, such as a judge's, or a writer's of descriptions."""
+        asked = self._asked("complete", [dict(each) for each in messages], [])
         return await self._held_or(asked, lambda: self._expert.complete(messages))
 
     def _asked(self, role: str, messages: list[dict[str, str]], sample: list[int]) -> dict[str, object]:

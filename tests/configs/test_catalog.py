@@ -75,6 +75,9 @@ def test_each_tool_offers_the_aliases_of_its_role_and_says_what_is_known_of_them
     assert models["answer"]["enum"] == [f"answer-{n}" for n in (1, 2, 3, 4)] + ["answer-math-1", "answer-math-2"]
     assert "reasoner-1: Knows." in models["enhance_reasoning"]["description"]
     assert "gpt-5" not in str(schemas)
+    assert "by time of a call:" in models["search"]["description"]  # of its own role: "search-1" takes 22 s
+    assert "22s search-1" in models["search"]["description"]
+    assert "by time of an answer:" in models["answer"]["description"]
 
 
 def test_a_pool_that_cannot_be_drawn_from_is_refused():

@@ -52,8 +52,13 @@ def test_the_command_line_describes_every_expert(endpoint, completion, tmp_path)
     path, output = tmp_path / "endpoints.json", tmp_path / "descriptions.json"
     path.write_text(json.dumps({"gpt-5": {"endpoint": endpoint.url, "model": "m"}}))
     command = [sys.executable, "-m", "experiments.describe_experts", f"--endpoints={path}", f"--output={output}"]
+    command.append(f"--recording_directory={tmp_path / 'store'}")
     done = subprocess.run([*command, "--writer=gpt-5", "--num_tasks=2"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    written, num_requests = output.read_text(), len(endpoint.requests)
+    replayed = [*command, "--writer=gpt-5", "--num_tasks=2", "--recording_mode=replay"]
+    done = subprocess.run(replayed, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, output.read_text(), len(endpoint.requests)) == (0, written, num_requests), done.stderr
     assert list(json.loads(output.read_text())) == [entry.model for entry in EXPERTS]
     assert "$0.0000 spent" in done.stdout
     done = subprocess.run([*command, "--writer=gpt-6"], cwd=REPOSITORY, capture_output=True, text=True)

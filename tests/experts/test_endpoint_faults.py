@@ -131,7 +131,7 @@ def test_a_stream_that_stalls_is_charged_for_what_had_come(endpoint):
         endpoint.release.wait(20)
 
     endpoint.respond = lambda body: write
-    (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=DEADLINE_S, is_streaming=True))
+    (reply,) = ask(EndpointExpert(endpoint.url, "m", timeout_s=5 * DEADLINE_S, is_streaming=True))
     assert (reply.status, reply.output_tokens, reply.is_estimated) == (CallStatus.TIMEOUT, 10, True)
 
 

@@ -82,6 +82,9 @@ def test_mistakes_are_named(tmp_path):
         McpServer()
     with pytest.raises(ValueError, match=r"variables \['NO_SUCH'\] .* are not set"):
         McpServer(COMMAND, variables=["NO_SUCH"])
+    with pytest.raises(ValueError, match="a user or a query in its URL") as error:
+        McpServer(url="http://127.0.0.1:1/mcp?key=sk-secret")
+    assert "sk-secret" not in str(error.value)
     with pytest.raises(ValueError, match="does not start"):
         McpServer([sys.executable, "-c", "raise SystemExit(3)"])
     path = tmp_path / "servers.json"
