@@ -98,7 +98,7 @@ def test_weights_config_and_tokenizer_come_back(family, golden, tmp_path):
 
 def test_k_quants_by_hand(tmp_path):
     """A block of 256 weights: Q6_K holds d * scale * (q - 32), Q4_K d * scale * q - d_min * min."""
-    config = ModelConfig(30, 256, 256, 1, 2, 2, 128, has_qk_norm=False, has_qkv_bias=True, is_tied=False)
+    config = ModelConfig(38, 256, 256, 1, 2, 2, 128, has_qk_norm=False, has_qkv_bias=True, is_tied=False)
     params = init_params(config, jax.random.key(0))
     huggingface.save_pretrained(Transformer(config), params, tmp_path / "exact")
     tensors = load_file(tmp_path / "exact" / "model.safetensors")
