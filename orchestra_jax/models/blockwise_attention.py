@@ -105,11 +105,11 @@ def _backward(sizes, residuals, cotangent_BTNH):
         queries = _queries(sizes, q_BTNH * scale, block)
         # A padded query has a logsumexp of 0 and sees nothing.
         others = [_block_rows(x, sizes.query_chunk, num_rows) for x in per_query]
-        q_gradient_ICKURH, (keys_ZXCKH, values_XCKZH) = _tile_gradients(queries, others, _key_chunks(sizes, block))
+        q_gradient_ICKURH, (keys_XCKHZ, values_XCKZH) = _tile_gradients(queries, others, _key_chunks(sizes, block))
         q_gradient_IBWKRH = jax.vmap(lambda x: _token_rows(x, len(q_BTNH)))(q_gradient_ICKURH)
         q_gradient_BTNH += scale * _joined(q_gradient_IBWKRH, q_BTNH.shape[1]).reshape(q_BTNH.shape)
         num_slots = block.keys_CKHS.shape[-1]
-        keys_CKHS = jnp.moveaxis(keys_ZXCKH, 0, -2).reshape(*block.keys_CKHS.shape[:-1], -1)[..., :num_slots]
+        keys_CKHS = jnp.moveaxis(keys_XCKHZ, 0, -2).reshape(*block.keys_CKHS.shape[:-1], -1)[..., :num_slots]
         values_CKSH = jnp.moveaxis(values_XCKZH, 0, 2)
         values_CKSH = values_CKSH.reshape(*block.keys_CKHS.shape[:2], -1, values_CKSH.shape[-1])[:, :, :num_slots]
         block_gradients.append(
@@ -135,30 +135,37 @@ def _tile_gradients(queries, others, keys):
             number, (q_CKURH, segments_CGW, positions_CGW), (cotangent_CKURH, normalizer_CKUR, product_CKUR) = chunk
             is_visible_CUZ = _is_visible(segments_CGW, positions_CGW, *visibility)
 
-            def add(carry):
-                q_gradient_ICKURH, keys_CKHZ_sum, values_CKZH_sum = carry
+            def gradients():
                 score_CKURZ = _scores(q_CKURH, keys_CKHZ, is_visible_CUZ)
                 weight_CKURZ = jnp.exp(score_CKURZ - normalizer_CKUR[..., None])
                 weight_CKURZ = jnp.where(is_visible_CUZ[:, None, :, None], weight_CKURZ, 0.0)
                 by_weight_CKURZ = _product("CKURH,CKZH->CKURZ", cotangent_CKURH, values_CKZH)
                 by_score_CKURZ = weight_CKURZ * (by_weight_CKURZ - product_CKUR[..., None])
                 by_score_CKURZ = by_score_CKURZ.astype(q_CKURH.dtype)
-                by_query_CKURH = _product("CKURZ,CKHZ->CKURH", by_score_CKURZ, keys_CKHZ)
                 weight_CKURZ = weight_CKURZ.astype(cotangent_CKURH.dtype)
                 return (
-                    q_gradient_ICKURH.at[number].add(by_query_CKURH),
-                    keys_CKHZ_sum + _product("CKURZ,CKURH->CKHZ", by_score_CKURZ, q_CKURH),
-                    values_CKZH_sum + _product("CKURZ,CKURH->CKZH", weight_CKURZ, cotangent_CKURH),
+                    _product("CKURZ,CKHZ->CKURH", by_score_CKURZ, keys_CKHZ),
+                    _product("CKURZ,CKURH->CKHZ", by_score_CKURZ, q_CKURH),
+                    _product("CKURZ,CKURH->CKZH", weight_CKURZ, cotangent_CKURH),
                 )
 
-            return jax.lax.cond(is_visible_CUZ.any(), add, lambda carry: carry, carry), None
+            # The sums stay outside of the branch, which would copy what it is handed.
+            by_query_CKURH, by_key_CKHZ, by_value_CKZH = jax.lax.cond(
+                is_visible_CUZ.any(), gradients, lambda: tuple(map(zeros_like, (q_CKURH, keys_CKHZ, values_CKZH)))
+            )
+            q_gradient_ICKURH, keys_sum_CKHZ, values_sum_CKZH = carry
+            q_gradient_ICKURH = q_gradient_ICKURH.at[number].add(by_query_CKURH)
+            return (q_gradient_ICKURH, keys_sum_CKHZ + by_key_CKHZ, values_sum_CKZH + by_value_CKZH), None
 
-        zeros = [jnp.zeros(x.shape, jnp.float32) for x in (keys_CKHZ, values_CKZH)]
         numbers_I = jnp.arange(len(q_gradient_ICKURH))
-        carry, _ = jax.lax.scan(of_queries, (q_gradient_ICKURH, *zeros), (numbers_I, tuple(queries), tuple(others)))
+        carry = q_gradient_ICKURH, zeros_like(keys_CKHZ), zeros_like(values_CKZH)
+        carry, _ = jax.lax.scan(of_queries, carry, (numbers_I, tuple(queries), tuple(others)))
         return carry[0], carry[1:]
 
-    return jax.lax.scan(of_keys, jnp.zeros(queries.q_ICKURH.shape, jnp.float32), keys)
+    def zeros_like(x):
+        return jnp.zeros(x.shape, jnp.float32)
+
+    return jax.lax.scan(of_keys, zeros_like(queries.q_ICKURH), keys)
 
 
 def _is_visible(segments_CGW, positions_CGW, key_segments_CGZ, key_positions_CGZ):

@@ -50,7 +50,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens that are no part of the BPE
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of tokens that are no part of the BPE
 
 
 class GgufFile(NamedTuple):

@@ -40,8 +40,10 @@ def load_params(path: str, mesh: Mesh | None):
 def read_vocabulary(path: str) -> dict[str, int]:
     """Ids by spelling of the tokenizer that stands beside the weights; empty if there is none."""
     if pathlib.Path(path).is_file():
-        spellings = gguf_file.open_file(path).fields["tokenizer.ggml.tokens"]
-        return {spelling: token for token, spelling in enumerate(spellings)}
+        fields = gguf_file.open_file(path).fields
+        tokens = enumerate(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
+        # Rows of the embedding that no token has are spelled too.
+        return {spelling: token for token, (spelling, kind) in tokens if kind != gguf_file.UNUSED}
     file = pathlib.Path(path) / "tokenizer.json"
     return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True) if file.is_file() else {}
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from experiments import import_gguf
 from orchestra_jax.models import gguf_file, huggingface, huggingface_config, pretrained
-from orchestra_jax.models.config import RopeScaling
+from orchestra_jax.models.config import ModelConfig, RopeScaling
+from orchestra_jax.models.transformer import Transformer, init_params
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ALPHABET = list("abcdefghijklmnopqrstuvwxyz")
@@ -45,7 +46,7 @@ def write_gguf(path, family, tensors, config, **fields):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(fields.get("pre", "qwen2"))
     writer.add_token_list(spellings)
-    writer.add_token_types([1] * 27 + [3] * (config.vocab_size - 27))
+    writer.add_token_types([1] * 27 + [3] * (config.vocab_size - 28) + [5])  # the last row is no token's
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(30)
     if "scaling" in fields:
@@ -59,7 +60,8 @@ def write_gguf(path, family, tensors, config, **fields):
     for name, array in tensors.items():
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             array = pairs_from_halves(array, config.head_dim)
-        writer.add_tensor(names[name], array)
+        kind = fields.get("quantised", {}).get(name)
+        writer.add_tensor(names[name], array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,10 +87,31 @@ def test_weights_config_and_tokenizer_come_back(family, golden, tmp_path):
     _, params = huggingface.load_pretrained(tmp_path / "out")
     assert pretrained.read_model(str(file)) == read
     jax.tree.map(np.testing.assert_array_equal, pretrained.load_params(str(file), None), params)
-    assert pretrained.read_vocabulary(str(file)) == pretrained.read_vocabulary(str(tmp_path / "out"))
+    vocabulary = pretrained.read_vocabulary(str(tmp_path / "out"))
+    assert pretrained.read_vocabulary(str(file)) == {
+        spelling: token for spelling, token in vocabulary.items() if token < config.vocab_size - 1
+    }
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.encode("abc<3>").tokens == ["ab", "c", "<3>"]
     assert tokenizer.decode([26, 2, 30], skip_special_tokens=True) == "abc"
+
+
+def test_k_quants_by_hand(tmp_path):
+    """A block of 256 weights: Q6_K holds d * scale * (q - 32), Q4_K d * scale * q - d_min * min."""
+    config = ModelConfig(38, 256, 256, 1, 2, 2, 128, has_qk_norm=False, has_qkv_bias=True, is_tied=False)
+    params = init_params(config, jax.random.key(0))
+    huggingface.save_pretrained(Transformer(config), params, tmp_path / "exact")
+    tensors = load_file(tmp_path / "exact" / "model.safetensors")
+    half, quarter = (np.frombuffer(np.float16(x).tobytes(), np.uint8) for x in (0.5, 0.25))
+    q6_block = np.concatenate([np.zeros(192, np.uint8), np.ones(16, np.uint8), half])  # q 0, scales 1
+    q4_block = np.concatenate([half, quarter, np.full(8, 1, np.uint8), np.full(4, 0x11, np.uint8), np.full(128, 0x33)])
+    down, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "up"))
+    tensors[down], tensors[up] = (np.tile(block.astype(np.uint8), (256, 1)) for block in (q6_block, q4_block))
+    kinds = {down: gguf.GGMLQuantizationType.Q6_K, up: gguf.GGMLQuantizationType.Q4_K}
+    write_gguf(tmp_path / "model.gguf", "qwen2", tensors, config, quantised=kinds)
+    feed_forward = pretrained.load_params(str(tmp_path / "model.gguf"), None)["layers"]["feed_forward"]
+    np.testing.assert_array_equal(feed_forward["down"].astype(np.float32), np.full((1, 256, 256), -16.0))
+    np.testing.assert_array_equal(feed_forward["up"].astype(np.float32), np.full((1, 256, 256), 1.25))
 
 
 def test_what_is_not_supported_is_named(tmp_path, monkeypatch, capsys):
