@@ -61,7 +61,7 @@ class Components:
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
-    return JaxEngine(parts.model_config, params, config.jax_engine, version)
+    return JaxEngine(parts.model_config, params, config.jax_engine, version, is_training=True)
 
 
 ENGINES = {"jax": _build_jax_engine}

@@ -4,7 +4,6 @@ Prints the CPU seconds of each batch as JSON, compiled beforehand.
 """
 
 import json
-import os
 import sys
 import time
 
@@ -32,7 +31,6 @@ class Ids:
 
 
 def main(task):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import numpy as np
     from flax import nnx
     from tunix.generate import sampler

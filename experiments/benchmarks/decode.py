@@ -8,7 +8,8 @@ Hidden 256, mlp 768, 4 layers, 8/4 heads of 32, vocabulary 151,936, float32. `ba
 ones each. `ragged`: 64 episodes of 1 to 6 turns; the lengths of prompts, turns and observations are geometric, and a
 tool takes no time. The peers get the ragged work in the best form that a sampler of whole batches has: the next turns
 of 8 episodes at a time, each with its whole stream as the prompt, padded to a power of two. Sampled at temperature 1.
-CPU seconds are those of the process, compiled beforehand.
+CPU seconds are those of the process, compiled beforehand. `num_cores=0`: all of them, with the threads that each
+library takes by itself; more threads spend more CPU seconds on the same work.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ NUM_EPISODES, MAX_TURNS, MAX_TOKENS = 64, 6, 512
 
 def run(
     parts: str = "batch,ragged", num_episodes: int = NUM_EPISODES, temperature: float = 1.0, tunix_python: str = "",
-    torch_python: str = "",
+    torch_python: str = "", num_cores: int = 1,
 ) -> dict[str, object]:  # fmt: skip
-    """The figures of `parts` by name, pinned to one core. ValueError for a part that is none."""
+    """The figures of `parts` by name, pinned to the first `num_cores` cores. ValueError for a part that is none."""
     unknown = set(parts.split(",")) - {"batch", "ragged"}
     if unknown:
         raise ValueError(f"parts {sorted(unknown)} are none of batch, ragged")
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before jax starts its threads
-    figures: dict[str, object] = {"temperature": temperature}
+    if num_cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])  # before jax starts its threads
+    figures: dict[str, object] = {"temperature": temperature, "num_cores": len(os.sched_getaffinity(0))}
     for part in parts.split(","):
         work = batch_work() if part == "batch" else ragged_work(num_episodes)
         figures |= {f"{part}/{name}": value for name, value in measure(work, temperature).items()}
@@ -91,19 +93,19 @@ def measure(work, temperature: float) -> dict[str, float]:
     start_s, start_wall_s = time.process_time(), time.monotonic()
     num_tokens = asyncio.run(play(engine, work, temperature, seed=0))
     cpu_s, wall_s, counters = time.process_time() - start_s, time.monotonic() - start_wall_s, engine.counters
-    compiled_s = measure_compiled(engine, work, temperature, params)
+    python_share = measure_python(engine, work, temperature, params)
     return {
         "tokens_per_cpu_s": num_tokens / cpu_s,
         "num_tokens": num_tokens,
         "occupancy_while_waiting": counters.num_waited_used_row_steps / max(counters.num_waited_row_steps, 1),
         "num_dispatches": counters.num_dispatches,
-        "python_share": 1 - compiled_s / cpu_s,
+        "python_share": python_share,
         "wall_s": wall_s,
     }
 
 
-def measure_compiled(engine, work, temperature: float, params) -> float:
-    """CPU seconds inside the compiled calls of the same work, each waited for."""
+def measure_python(engine, work, temperature: float, params) -> float:
+    """The share of the CPU seconds of the same work that is spent outside of the compiled calls, each waited for."""
     import jax
 
     from orchestra_jax.generation import jax_engine, lanes
@@ -126,11 +128,13 @@ def measure_compiled(engine, work, temperature: float, params) -> float:
     try:
         for (module, name), function in zip(places, originals, strict=True):
             setattr(module, name, timed(function))
+        start_s = time.process_time()
         asyncio.run(play(engine, work, temperature, seed=0))
+        total_s = time.process_time() - start_s
     finally:
         for (module, name), function in zip(places, originals, strict=True):
             setattr(module, name, function)
-    return spent_s
+    return 1 - spent_s / total_s
 
 
 async def play(engine, work, temperature: float, seed: int) -> int:
@@ -169,7 +173,7 @@ def peer_batches(work) -> list[tuple[int, int, int]]:
 
 
 def measure_peer(peer: str, python: str, work, temperature: float) -> dict[str, float]:
-    """What _{peer}_decode.py prints under the interpreter `python`, on the same core: CPU seconds by batch."""
+    """From what _{peer}_decode.py prints under the interpreter `python`, on the same cores: CPU seconds by batch."""
     script = pathlib.Path(__file__).with_name(f"_{peer}_decode.py")
     task = {"shape": SHAPE, "batches": peer_batches(work), "temperature": temperature}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

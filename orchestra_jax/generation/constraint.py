@@ -1,7 +1,8 @@
 """Tool calls that cannot be malformed: between `<tool_call>` and its end only what the schemas allow is sampled.
 
 For serving alone: a policy that is held by the hand samples from another distribution than the one that the learner
-differentiates, so an episode (environments.rollout) has no field for a constraint. The grammar of JSON is llguidance's
+differentiates, so an episode (environments.rollout) has no field for a constraint and a training run's engine refuses
+one (jax_engine). A turn that its limit of tokens cuts may end within a call. The grammar of JSON is llguidance's
 (the `constraints` extra); which ids open and close a call is known here, for control tokens are recognised by id and
 never by spelling.
 """
@@ -14,6 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from orchestra_jax.chat import Chat
+
+JSON_AS_WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Where only one text can follow, every token that begins it is allowed, and not only the one that llguidance would
+# take: the tokens of a trained policy may reach beyond that text.
+NO_FORCING = json.dumps({"no_forcing": True})
 
 
 class ToolCallConstraint:
@@ -31,9 +37,10 @@ class ToolCallConstraint:
         if not tools:
             raise ValueError("tools is empty: a constraint needs the schema of one tool at least")
         calls = [_call_schema(tool.get("function", tool)) for tool in tools]
-        # The line breaks are those that the template writes around a call.
-        schema = json.dumps({"anyOf": calls})
-        self._grammar = llguidance.LLMatcher.grammar_from_lark(f'start: "\\n" call "\\n"\ncall: %json {schema}')
+        # Line breaks and spaces are those that the template writes: free white space could go on for ever.
+        schema = json.dumps({"anyOf": calls, "x-guidance": JSON_AS_WRITTEN})
+        rules = f'%llguidance {NO_FORCING}\nstart: "\\n" call "\\n"\ncall: %json {schema}'
+        self._grammar = llguidance.LLMatcher.grammar_from_lark(rules)
         error = llguidance.LLMatcher.validate_grammar(self._grammar, self._tokenizer)
         if error:
             raise ValueError(f"the schemas of {[tool.get('name') for tool in tools]} have no grammar: {error}")

@@ -50,6 +50,11 @@ class Sampling:
     def is_truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether tokens are sampled from the distribution whose log-probabilities are recorded."""
+        return not self.is_truncated and self.constraint is None
+
 
 def check_sampling(sampling: Sampling) -> None:
     """ValueError for a value out of its range, and for options that contradict each other."""

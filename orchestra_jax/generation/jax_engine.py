@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,14 +54,16 @@ class JaxEngine:
     """An `Engine` (engine.py). `counters` says what it did.
 
     On a `mesh` the caller lays the parameters out (sharding.RULES); the engine splits its caches by key-value heads
-    over the `tensor` axis, and repeats them over the others.
+    over the `tensor` axis, and repeats them over the others. `is_training`: requests whose samples would be off-policy
+    (engine.Sampling) are refused.
     """
 
     def __init__(
-        self, model_config: ModelConfig, params, config: JaxEngineConfig, version: int = 0, mesh: Mesh | None = None
-    ):
+        self, model_config: ModelConfig, params, config: JaxEngineConfig, version: int = 0, mesh: Mesh | None = None,
+        is_training: bool = False,
+    ):  # fmt: skip
         _check_config(config)
-        self._mesh = mesh
+        self._mesh, self._is_training = mesh, is_training
         self._model_config, self._params, self._config, self._version = model_config, params, config, version
         self._slot_buckets = _buckets(config.slot_buckets, config.max_tokens)
         self._store = PrefixStore(config.num_rows, config.max_tokens, wait_tokens=config.chunk_buckets[-1])
@@ -87,9 +90,11 @@ class JaxEngine:
         """As the Protocol says. A deadline or an abort takes effect between rounds.
 
         ValueError for a request that the engine's sizes do not hold, token ids outside the vocabulary, settings that
-        make no sense, or a second request of a session while the first waits.
+        make no sense or are refused in training, or a second request of a session while the first waits.
         """
         self._check(prompt_tokens, sampling, request_id, session_id)
+        if deadline_s is not None and math.isnan(deadline_s):
+            raise ValueError(f"request {request_id}: deadline_s {deadline_s} must be a number of seconds, or None")
         loop = asyncio.get_running_loop()
         turn = Turn(prompt_tokens, sampling, request_id, session_id)
         turn.future, turn.on_watched = loop.create_future(), on_watched
@@ -108,6 +113,11 @@ class JaxEngine:
             check_sampling(sampling)
         except ValueError as error:
             raise ValueError(f"request {request_id}: {error}") from error
+        if self._is_training and not sampling.is_on_policy:
+            raise ValueError(
+                f"request {request_id}: top_k, top_p, min_p and a constraint sample from another distribution than the "
+                "one that is trained: leave them out, or serve from an engine without is_training"
+            )
         if not num_prompt or num_prompt + num_new > self._config.max_tokens:
             raise ValueError(
                 f"request {request_id}: {num_prompt} prompt tokens and {num_new} new ones do not fit max_tokens "

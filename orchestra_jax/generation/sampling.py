@@ -44,20 +44,24 @@ def sample(logits_RV, rows: SamplingRows, position_R, is_allowed_RV=None):
         weight_RV = jnp.exp(allowed_RV - allowed_RV.max(axis=-1, keepdims=True))
     # Sorting a vocabulary costs more than all the rest: only where some row asks for it.
     is_truncated_R = (rows.top_k_R > 0) | (rows.top_p_R < 1) | (rows.min_p_R > 0)
-    weight_RV = jax.lax.cond(is_truncated_R.any(), _truncate, lambda weight_RV, rows: weight_RV, weight_RV, rows)
+    zeros_R = jnp.zeros_like(log_total_R)
+    least_R = jax.lax.cond(is_truncated_R.any(), _least_weight, lambda *_: zeros_R, weight_RV, rows)
+    least_R = jnp.where(is_truncated_R, least_R, 0.0)  # a row is not cut because its neighbour is
+    weight_RNW = _blocks(jnp.where(weight_RV >= least_R[:, None], weight_RV, 0.0))
 
     def uniform(key_data_2, position):
         key = jax.random.wrap_key_data(key_data_2, impl="threefry2x32")
         return jax.random.uniform(jax.random.fold_in(key, position))
 
-    drawn_R = _first_beyond(weight_RV, jax.vmap(uniform)(rows.key_data_R2, position_R))
-    token_R = jnp.where(is_greedy_R, jnp.argmax(weight_RV, axis=-1).astype(jnp.int32), drawn_R)
+    drawn_R = _first_beyond(weight_RNW, jax.vmap(uniform)(rows.key_data_R2, position_R))
+    token_R = jnp.where(is_greedy_R, _argmax(weight_RNW), drawn_R).astype(jnp.int32)
+    token_R = jnp.minimum(token_R, logits_RV.shape[-1] - 1)  # weights of NaN would point into the padding
     chosen_R = jnp.take_along_axis(scaled_RV, token_R[:, None], axis=-1)[:, 0]
     return token_R, chosen_R - scaled_RV.max(axis=-1) - log_total_R
 
 
-def _truncate(weight_RV, rows: SamplingRows):
-    """Weights with 0 for what is cut off. Ties with the last that stays stay too."""
+def _least_weight(weight_RV, rows: SamplingRows):
+    """The weight from which on an entry stays. Ties with the last that stays stay too."""
     vocab_size = weight_RV.shape[-1]
     sorted_RV = -jnp.sort(-weight_RV, axis=-1)
     num_kept_R = jnp.where(rows.top_k_R > 0, jnp.minimum(rows.top_k_R, vocab_size), vocab_size)
@@ -66,23 +70,32 @@ def _truncate(weight_RV, rows: SamplingRows):
     # The most probable token stays even where rounding puts top_p times the total at 0.
     is_kept_RV = (before_RV < rows.top_p_R[:, None] * top_RV.sum(axis=-1, keepdims=True)) & (top_RV > 0)
     least_R = jnp.where(is_kept_RV, top_RV, jnp.inf).min(axis=-1)
-    least_R = jnp.maximum(jnp.minimum(least_R, sorted_RV[:, 0]), rows.min_p_R * sorted_RV[:, 0])
-    return jnp.where(weight_RV >= least_R[:, None], weight_RV, 0.0)
+    return jnp.maximum(jnp.minimum(least_R, sorted_RV[:, 0]), rows.min_p_R * sorted_RV[:, 0])
 
 
-def _first_beyond(weight_RV, uniform_R):
+def _blocks(weight_RV):
+    padded_RV = jnp.pad(weight_RV, ((0, 0), (0, -weight_RV.shape[-1] % BLOCK)))
+    return padded_RV.reshape(len(padded_RV), -1, BLOCK)
+
+
+def _argmax(weight_RNW):
+    """The first index of the largest weight. An argmax of the whole takes XLA CPU many times longer than maxima do."""
+    block_R = jnp.argmax(weight_RNW.max(axis=-1), axis=-1)
+    return block_R * BLOCK + jnp.argmax(_take_block(weight_RNW, block_R), axis=-1)
+
+
+def _take_block(weight_RNW, block_R):
+    return jnp.take_along_axis(weight_RNW, block_R[:, None, None], axis=1)[:, 0]
+
+
+def _first_beyond(weight_RNW, uniform_R):
     """The first index whose cumulative weight exceeds uniform * total; never one of weight 0."""
-    num_rows, vocab_size = weight_RV.shape
-    padded_RV = jnp.pad(weight_RV, ((0, 0), (0, -vocab_size % BLOCK)))
-    weight_RNW = padded_RV.reshape(num_rows, -1, BLOCK)
     block_RN = weight_RNW.sum(axis=-1)
     target_R = uniform_R * block_RN.sum(axis=-1)
     block_R = _first(block_RN, target_R)
     cumulative_RN = jnp.cumsum(block_RN, axis=-1)
     before_R = jnp.take_along_axis(cumulative_RN - block_RN, block_R[:, None], axis=-1)[:, 0]
-    within_RW = jnp.take_along_axis(weight_RNW, block_R[:, None, None], axis=1)[:, 0]
-    index_R = block_R * BLOCK + _first(within_RW, target_R - before_R)
-    return jnp.minimum(index_R, vocab_size - 1).astype(jnp.int32)  # weights of NaN would point into the padding
+    return block_R * BLOCK + _first(_take_block(weight_RNW, block_R), target_R - before_R)
 
 
 def _first(weight_RX, target_R):

@@ -1,11 +1,20 @@
 """A random policy writes well-formed calls of the tools at hand when it is held to them."""
 
+import asyncio
+import dataclasses
+
+import jax
+import jsonschema
 import numpy as np
 import pytest
 
 from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY, load_chat
-from orchestra_jax.types import ToolCall
+from orchestra_jax.generation.engine import Sampling
+from orchestra_jax.generation.jax_engine import JaxEngine, JaxEngineConfig
+from orchestra_jax.models.config import MODELS
+from orchestra_jax.models.transformer import init_params
+from orchestra_jax.types import StopReason, ToolCall
 
 constraint = pytest.importorskip("orchestra_jax.generation.constraint")
 pytest.importorskip("llguidance")
@@ -64,6 +73,57 @@ def test_random_calls_under_the_constraint_are_well_formed(held):
         assert turn.is_well_formed and turn.calls[0].arguments["model"] in ("expert-1", "expert-2")
         names.add(turn.calls[0].name)
     assert names == {"search", "answer"}
+
+
+QUERY = {"query": {"type": "string", "maxLength": 8}, "top": {"type": "integer", "minimum": 1, "maximum": 9}}
+LEGS = {"legs": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3}}
+SCHEMAS = {
+    name: {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    for name, fields in (("search", QUERY), ("answer", PARAMETERS["properties"]), ("route", LEGS))
+}
+
+
+class TwoCalls:
+    """Holds a turn to two calls and its end, for a random policy would hardly begin one."""
+
+    def __init__(self, held):
+        self._held = held
+
+    def allowed_tokens(self, sampled):
+        inside = self._held.allowed_tokens(sampled)
+        if inside is not None:
+            return inside
+        is_over = sampled.count(CHAT.end_of_call_id) == 2
+        return np.arange(VOCAB_SIZE) == (CHAT.end_of_turn_id if is_over else CHAT.start_of_call_id)
+
+
+def test_every_call_that_the_engine_samples_under_the_constraint_fits_its_schema():
+    tools = [{"name": name, "parameters": parameters} for name, parameters in SCHEMAS.items()]
+    model = dataclasses.replace(MODELS["tiny"], vocab_size=VOCAB_SIZE)
+    sizes = JaxEngineConfig(
+        num_rows=12, max_tokens=200, row_buckets=(12,), slot_buckets=(), chunk_rows=12, chunk_buckets=(8,)
+    )
+    engine = JaxEngine(model, init_params(model, jax.random.key(0)), sizes)
+    constraint_of_turn = TwoCalls(constraint.ToolCallConstraint(CHAT, tools, VOCAB_SIZE))
+    stop_ids = frozenset({CHAT.end_of_turn_id})
+    held, free = (Sampling(1.0, 190, stop_ids, 0, constraint=which) for which in (constraint_of_turn, None))
+
+    async def ask():  # two of twelve are free: what holds the others does not hold them
+        hows = [held] * 10 + [free] * 2
+        requests = (engine.generate([5, 6, 7], how, request_id=f"{n}", session_id=f"{n}") for n, how in enumerate(hows))
+        return await asyncio.gather(*requests)
+
+    *completions, first_free, second_free = asyncio.run(ask())
+    called = []
+    for completion in completions:
+        turn = chat_format.parse_turn(CHAT, completion.tokens)
+        assert completion.stop_reason == StopReason.STOP and turn.is_well_formed and len(turn.calls) == 2
+        for call in turn.calls:
+            jsonschema.validate(call.arguments, SCHEMAS[call.name])
+            called.append(call.name)
+    assert set(called) == set(SCHEMAS)
+    for completion in (first_free, second_free):
+        assert CHAT.start_of_call_id not in completion.tokens[:2]
 
 
 def test_no_tools_are_a_mistake():

@@ -65,6 +65,11 @@ def fed(monkeypatch):
     return calls
 
 
+def num_compiled():
+    functions = (decoding.extend, decoding.copy_rows, decoding.decode, decoding.decode_few)
+    return [function._cache_size() for function in functions]
+
+
 def sampling(temperature=1.0, max_new_tokens=6, stop_ids=(), seed=0, **options):
     return Sampling(temperature, max_new_tokens, frozenset(stop_ids), seed, **options)
 
@@ -266,6 +271,34 @@ def test_new_weights_forget_the_cache_and_stamp_their_version(engine, other_para
     np.testing.assert_array_equal(completion.policy_versions, 4)
 
 
+def test_new_weights_compile_nothing_and_nothing_cached_under_the_old_is_used(engine, params, other_params, fed):
+    prompts = {"a": SHORT, "b": SHORT, "c": LONG}
+    old = play(engine, prompts)
+    num_before, fed_before = num_compiled(), list(fed)
+    asyncio.run(engine.update_weights(other_params, 4))
+    fed.clear()
+    new = play(engine, prompts)
+    assert num_compiled() == num_before
+    assert fed == fed_before  # every prefix is computed again
+    expected = play(JaxEngine(TINY, other_params, SIZES), prompts)
+    for session in prompts:
+        assert new[session][0] == expected[session][0] != old[session][0]
+
+
+def test_first_tokens_of_many_sessions_follow_the_models_distribution(engine, params):
+    num_sessions = 800
+    completions = generate(engine, {f"{n}": SHORT for n in range(num_sessions)}, sampling(max_new_tokens=1))
+    padded_1T = np.zeros((1, SIZES.max_tokens), np.int32)
+    padded_1T[0, : len(SHORT)] = SHORT
+    probability_V = np.asarray(jax.nn.softmax(plain_logits(params, padded_1T)[len(SHORT) - 1]), np.float64)
+    counts_V = np.bincount([completion.tokens[0] for completion in completions.values()], minlength=TINY.vocab_size)
+    groups = np.array_split(np.argsort(probability_V), 8)  # pooled, so that each is expected often enough
+    expected = num_sessions * np.array([probability_V[group].sum() for group in groups])
+    found = np.array([counts_V[group].sum() for group in groups])
+    assert expected.min() > 5
+    assert (np.square(found - expected) / expected).sum() < 24.3  # 7 degrees of freedom: 1 in 1,000
+
+
 def test_turns_under_way_go_on_with_new_weights_and_each_token_keeps_its_version(engine, params, other_params):
     async def ask():
         how = sampling(temperature=0.0, max_new_tokens=8, watch_ids=frozenset(plain_greedy(params, LONG, 2)[1:]))
@@ -400,7 +433,13 @@ def test_an_event_loop_that_ends_in_an_error_leaves_the_engine_usable(engine, pa
         (SHORT, sampling(watch_ids=frozenset(range(3)))),
     ],
 )
-def test_a_request_that_cannot_be_served_is_refused_and_disturbs_nobody(engine, params, prompt, how):
+def test_a_request_that_cannot_be_served_is_refused_and_disturbs_nobody(engine, params, monkeypatch, prompt, how):
+    with monkeypatch.context() as patch:  # refused before any device work
+        for module, name in ((lanes, "decode"), (jax_engine, "extend"), (jax_engine, "copy_rows")):
+            patch.setattr(module, name, None)
+        with pytest.raises(ValueError, match="request a@"):
+            generate(engine, {"a": prompt}, how)
+
     async def ask():
         requests = (
             engine.generate(tokens, given, request_id=f"{name}@", session_id=name)
@@ -411,6 +450,19 @@ def test_a_request_that_cannot_be_served_is_refused_and_disturbs_nobody(engine, 
     good, error = asyncio.run(ask())
     assert isinstance(error, ValueError) and "request a@" in str(error)
     assert good.tokens.tolist() == plain_greedy(params, SHORT, 6)
+
+
+def test_a_deadline_that_is_no_number_is_refused(engine):
+    with pytest.raises(ValueError, match="deadline_s nan"):
+        asyncio.run(engine.generate(SHORT, sampling(), request_id="a", session_id="a", deadline_s=float("nan")))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"constraint": object()}])
+def test_an_engine_that_trains_refuses_what_would_be_off_policy(params, options):
+    engine = JaxEngine(TINY, params, SIZES, is_training=True)
+    with pytest.raises(ValueError, match="request a@.* another distribution"):
+        generate(engine, {"a": SHORT}, sampling(**options))
+    assert len(generate(engine, {"a": SHORT}, sampling(temperature=0.5))["a"].tokens) == 6
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,19 @@ def test_what_is_not_allowed_is_never_sampled_however_probable():
     tokens_B, _ = draw([1e-30, 1.0], [True, False], temperature=0.1)  # its weight beside the other underflows
     assert (tokens_B == 0).all()
     assert (draw([1e-30, 1.0], [True, False], temperature=0.0)[0] == 0).all()
+
+
+def test_a_row_is_sampled_as_it_would_be_without_its_neighbours_settings():
+    logits_RV = 4 * jax.random.normal(jax.random.key(0), (64, 2 * BLOCK + 5))
+    is_cut_R = jnp.arange(64) % 2 == 1
+    plain, mixed = rows(64), rows(64)._replace(top_p_R=jnp.where(is_cut_R, 0.5, 1.0))
+    for alone, beside in zip(
+        jitted_sample(logits_RV, plain, jnp.arange(64)), jitted_sample(logits_RV, mixed, jnp.arange(64))
+    ):
+        np.testing.assert_array_equal(alone[~is_cut_R], beside[~is_cut_R])
+
+
+def test_greedy_takes_the_first_of_equals_in_any_block():
+    logits_RV = jnp.zeros((3, 3 * BLOCK)).at[0, [BLOCK + 3, BLOCK + 9, 2 * BLOCK]].set(2.0).at[1, 2 * BLOCK].set(1.0)
+    tokens_R, _ = jitted_sample(logits_RV, rows(3, temperature=0.0), jnp.arange(3))
+    assert tokens_R.tolist() == [BLOCK + 3, 2 * BLOCK, 0]
