@@ -37,7 +37,15 @@ ROWS = (
         "data.questions",
         "data.preferences",
     ),
-    ("experts", "models", "data.instances"),
+    (
+        "experts",
+        "models",
+        "data.instances",
+        "data.loaders.rows",
+        "data.loaders.questions",
+        "data.loaders.release",
+        "data.loaders.bfcl",
+    ),
     (
         "generation",
         "grpo.batching",
@@ -51,7 +59,7 @@ ROWS = (
     ),
     ("environments",),
     ("demonstrations", "config", "toolset", "components", "settings", "policy", "rollout_metrics", "collection"),
-    ("data.synthesis", "evaluation"),
+    ("data.loaders.toolscale", "data.synthesis", "evaluation"),
     ("training",),
     ("export",),
 )
@@ -71,6 +79,7 @@ JAX_FREE = (
     "data.questions",
     "data.preferences",
     "data.instances",
+    "data.loaders",
     "data.synthesis",
     "generation.engine",
     "generation.sglang_engine",
