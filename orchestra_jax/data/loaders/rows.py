@@ -12,6 +12,7 @@ the row is the line. Jax and the network have no part in it.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
@@ -138,6 +139,15 @@ def list_schema(items: Row, least: int = 0) -> Row:
 
 def nullable(schema: Row) -> Row:
     return {**schema, "type": [schema["type"], "null"]}  # not anyOf, whose errors name no field inside
+
+
+def date_text(value: object) -> str:
+    """A date or a timestamp of Parquet as ISO text, at midnight the date alone; TypeError for anything else."""
+    if isinstance(value, datetime.datetime):
+        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat()
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON does not have")
 
 
 @dataclasses.dataclass(frozen=True)

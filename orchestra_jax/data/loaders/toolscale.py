@@ -21,6 +21,7 @@ from orchestra_jax.data.loaders.rows import (
     Loaded,
     Row,
     RowFormat,
+    date_text,
     list_schema,
     load,
     nullable,
@@ -81,12 +82,9 @@ def _plain(value: object, field: str, dates: list[str]) -> object:
         return {name: _plain(each, f"{field}.{name}", dates) for name, each in kept.items()}
     if isinstance(value, list):
         return [_plain(each, f"{field}[{number}]", dates) for number, each in enumerate(value)]
-    if isinstance(value, datetime.datetime):
+    if isinstance(value, datetime.date):  # a datetime is one
         dates.append(field)
-        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat()
-    if isinstance(value, datetime.date):
-        dates.append(field)
-        return value.isoformat()
+        return date_text(value)
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise FieldError(field, f"{value!r} is a {type(value).__name__}, which JSON does not have")
