@@ -45,6 +45,9 @@ ROWS = (
         "data.loaders.questions",
         "data.loaders.release",
         "data.loaders.bfcl",
+        "data.sources",
+        "data.preference_pairs.pair",
+        "data.preference_pairs.templates",
     ),
     (
         "generation",
@@ -59,7 +62,7 @@ ROWS = (
     ),
     ("environments",),
     ("demonstrations", "config", "toolset", "components", "settings", "policy", "rollout_metrics", "collection"),
-    ("data.loaders.toolscale", "data.synthesis", "evaluation"),
+    ("data.loaders.toolscale", "data.synthesis", "data.preference_pairs.written", "evaluation"),
     ("training",),
     ("export",),
 )
@@ -80,6 +83,8 @@ JAX_FREE = (
     "data.preferences",
     "data.instances",
     "data.loaders",
+    "data.sources",
+    "data.preference_pairs",
     "data.synthesis",
     "generation.engine",
     "generation.sglang_engine",

@@ -105,7 +105,8 @@ class _Make:
     seed: int
     encode: Callable[[object], list[int]] | None
 
-    def __call__(self, index: int, element: object) -> object:
+    def __call__(self, index: int, number: int) -> object:
+        element = self.part.source[number]
         instance = self.part.make(element, derive_seed(self.seed, self.part.name, index))
         return instance if self.encode is None else PromptedInstance(instance, self.encode(instance))
 
@@ -142,14 +143,14 @@ class InstanceStream:
                 f"host_index {shard.host_index} below it"
             )
         streams = [
-            grain.MapDataset.source(part.source)
+            grain.MapDataset.range(len(part.source))
             .seed(derive_seed(seed, part.name) % 2**31)
             .shuffle()
             .repeat()
             .map_with_index(_Make(part, seed, encode))
             for part in parts
         ]
-        mixed = grain.MapDataset.mix(streams, [part.weight for part in parts])
+        mixed = grain.MapDataset.mix(streams, [part.weight for part in parts]) if len(parts) > 1 else streams[0]
         self._batches = mixed[shard.host_index :: shard.num_hosts].batch(
             num_per_batch // shard.num_hosts, batch_fn=list
         )
