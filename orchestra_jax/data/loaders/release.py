@@ -124,7 +124,7 @@ def make_offers(row: ReleaseRow, listings: Sequence[Listing]) -> tuple[Offer, ..
 def make_instance(row: ReleaseRow, listings: Sequence[Listing], are_negated: bool) -> Instance:
     """The instance of a question, with the row's own models, prices and preference; ValueError for another category."""
     if row.category != "qa":
-        raise ValueError(f"row {row.row_id!r} is a {row.category}: its `example` is the task (loaders/toolscale.py)")
+        raise ValueError(f"row {row.row_id!r} is a {row.category}: its task is toolscale.read_example(row)")
     task = Task(row.row_id, row.domain, "qa", row.problem, row.answer, "search")
     preference = make_preference(row, are_negated)
     return Instance(row.row_id, task, preference, make_offers(row, listings), derive_seed("release", row.row_id))

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import os
 
+from orchestra_jax.data.loaders.release import ReleaseRow
 from orchestra_jax.data.loaders.rows import (
     STRING,
     TEXT,
@@ -43,6 +44,11 @@ class ToolScaleTask:
 def load_toolscale(path: str | os.PathLike, on_error: str = "refuse") -> Loaded[ToolScaleTask]:
     """Tasks of a file; ValueError for one that is none, or (under "refuse") a row that breaks the format by field."""
     return load(path, RowFormat("toolscale", SCHEMA, parse_task), on_error)
+
+
+def read_example(row: ReleaseRow) -> ToolScaleTask:
+    """The task of a func_call row of the release. RowError for an example that breaks the format by field."""
+    return RowFormat("toolscale", SCHEMA, parse_task).read(row.example, f"row {row.row_id!r}, example")
 
 
 def parse_task(row: Row) -> ToolScaleTask:

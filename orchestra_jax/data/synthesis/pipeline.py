@@ -181,8 +181,10 @@ class _Run:
             )
             for number in range(config.num_function_rounds)
         ]
-        functions = await self._stage("functions", rounds)
-        return list({each.name: each for each in reversed(functions)}.values())[::-1]
+        by_name: dict[str, FunctionSource] = {}
+        for each in await self._stage("functions", rounds):
+            by_name.setdefault(each.name, each)
+        return list(by_name.values())
 
     async def _tasks(self, functions: list[FunctionSource], parts: list[SubjectEntries]) -> list[FunctionTask]:
         config, brief = self.config, self.brief

@@ -1,12 +1,14 @@
 """ToolScale rows as Parquet holds them: the union of all arguments, nulls to strip, dates that became timestamps."""
 
+import dataclasses
 import datetime
 import json
 
 import pytest
 
+from orchestra_jax.data.loaders.release import ReleaseRow
 from orchestra_jax.data.loaders.rows import RowError
-from orchestra_jax.data.loaders.toolscale import load_toolscale
+from orchestra_jax.data.loaders.toolscale import load_toolscale, read_example
 from orchestra_jax.environments.functions.task import GoldCall
 
 
@@ -109,3 +111,10 @@ def test_a_bad_row_is_named_and_can_be_skipped(tmp_path, changes, told):
         load_toolscale(path)
     loaded = load_toolscale(path, on_error="skip")
     assert [record.task.task_id for record in loaded.records] == ["17"] and len(loaded.errors) == 1
+
+
+def test_the_example_of_a_release_row_is_such_a_task():
+    row = ReleaseRow("shop____3", "func_call", "p", "", (), {}, {}, {}, 0.0, 0.0, 0.0, {}, make_row())
+    assert [call.name for call in read_example(row).task.gold_calls] == ["cancel_order", "book"]
+    with pytest.raises(RowError, match="row 'shop____3', example, field id: is missing"):
+        read_example(dataclasses.replace(row, example={}))
