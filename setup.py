@@ -29,16 +29,18 @@ INSTALL_REQUIRES = [
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pandas>=2.2"]
 GGUF = ["gguf>=0.17"]
 TOOLS = ["mcp>=2.0", "faiss-cpu>=1.10", "pyseccomp>=0.1.2"]
+DATA = ["pyarrow>=18"]  # Parquet files
 CONSTRAINTS = ["llguidance>=1.3"]  # tool calls held to their schemas while they are sampled
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", *NOTEBOOKS, *GGUF, *TOOLS, *CONSTRAINTS],
+    "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", *NOTEBOOKS, *GGUF, *TOOLS, *CONSTRAINTS, *DATA],
     "notebooks": NOTEBOOKS,
     "tools": TOOLS,
     "parity": ["torch==2.13.0"],  # makes the golden files that the default tests read
     "gguf": GGUF,
     "tau2": ["inspect-evals==0.26.0"],  # data and tools of tau2-bench; an environment of its own serves as well
     "constraints": CONSTRAINTS,
+    "data": DATA,
     "cuda": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

@@ -15,6 +15,7 @@ SUITES = {
     "aot": "experiments.benchmarks.aot",
     "decode": "experiments.benchmarks.decode",
     "logprobs": "experiments.benchmarks.logprobs",
+    "pipeline": "experiments.benchmarks.pipeline",
     "tools": "experiments.benchmarks.tools",
     "train_step": "experiments.benchmarks.train_step",
 }

@@ -14,6 +14,7 @@ with `special=false`) control ids: a spelled-out `</tool_call>` or `<|im_end|>` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -39,6 +40,8 @@ CONTROL_SPELLINGS = {  # by the field of `Chat` that holds the id
     "start_of_thinking_id": "<think>",
     "end_of_thinking_id": "</think>",
 }
+
+SHORT_CHARS = 12  # texts up to this length are remembered
 
 TOOLS_OPENING = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -268,10 +271,20 @@ def _encode(chat: Chat, pieces: Sequence[str | int]) -> list[int]:
         if is_text:
             # A lone surrogate (outside text can hold one) has no UTF-8 form: it becomes "?".
             text = "".join(group).encode("utf-8", "replace").decode("utf-8")
-            ids += chat.content_encoder.encode(text, add_special_tokens=False).ids
+            ids += _short_ids(chat, text) if len(text) <= SHORT_CHARS else _text_ids(chat, text)
         else:
             ids += group
     return ids
+
+
+def _text_ids(chat: Chat, text: str) -> list[int]:
+    return chat.content_encoder.encode(text, add_special_tokens=False).ids
+
+
+@functools.lru_cache(maxsize=256)
+def _short_ids(chat: Chat, text: str) -> tuple[int, ...]:
+    """Ids of the few words between control ids that every prompt has."""
+    return tuple(_text_ids(chat, text))
 
 
 def _tools_pieces(chat: Chat, preamble: str, tools: Sequence[dict]) -> list[str | int]:

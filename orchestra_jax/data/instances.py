@@ -6,6 +6,8 @@ policy could please every preference at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from orchestra_jax.data.records import Budget, Instance, Offer, Preference, Task
@@ -20,16 +22,21 @@ def draw_offers(config: WorldConfig, seed: int) -> tuple[Offer, ...]:
     """`num_offered` experts in catalog order, at least one of them local, each with its own price level and latency."""
     rng = np.random.default_rng(seed)
     local = [index for index, expert in enumerate(EXPERTS) if expert.is_local]
-    first = int(rng.choice(local))
+    first = _one_of(rng, local)
     others = [index for index in range(len(EXPERTS)) if index != first]
     chosen = sorted([first, *rng.choice(others, size=config.num_offered - 1, replace=False).tolist()])
     offers = []
     for index in chosen:
-        price = float(rng.choice(config.price_levels_usd_per_million_tokens))
-        latency_s = float(rng.choice(config.latency_levels_s))
+        price = float(_one_of(rng, config.price_levels_usd_per_million_tokens))
+        latency_s = float(_one_of(rng, config.latency_levels_s))
         expert = EXPERTS[index]
         offers.append(Offer(expert.alias, expert.model, expert.is_local, price, price, latency_s))
     return tuple(offers)
+
+
+def _one_of(rng: np.random.Generator, values: Sequence):
+    """What `rng.choice(values)` draws, in a fifth of its time."""
+    return values[int(rng.integers(len(values)))]
 
 
 def draw_pool_offers(pool: Pool, seed: int) -> tuple[Offer, ...]:
@@ -68,6 +75,8 @@ def draw_pool_offers(pool: Pool, seed: int) -> tuple[Offer, ...]:
 
 def draw_budget(config: WorldConfig, seed: int) -> Budget:
     """The limits of a task, each drawn from its levels; none where there are no levels."""
+    if not (config.budget_levels_usd or config.budget_levels_s):
+        return Budget()
     rng = np.random.default_rng(derive_seed(seed, "budget"))
     limits = {
         name: float(rng.choice(levels))

@@ -94,6 +94,11 @@ class EndpointExpert:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
+    def usd_per_million_tokens(self) -> tuple[float, float]:
+        """The real bill: input, output."""
+        return self._prices
+
+    @property
     def is_paid(self) -> bool:
         return any(price > 0 for price in self.prices)
 
