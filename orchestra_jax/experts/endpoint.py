@@ -87,20 +87,15 @@ class EndpointExpert:
         self.has_key = bool(self._api_key)
         self.max_output_tokens, self._is_streaming = max_output_tokens, is_streaming
         self._limiter = Limiter(Limits(timeout_s, max_concurrent, requests_per_s, max_retries + 1, first_wait_s))
-        self.prices = input_usd_per_million_tokens, output_usd_per_million_tokens
-        token_cost_usd(1, 1, *self.prices, 0.0)  # refuses prices that are none
+        self.usd_per_million_tokens = input_usd_per_million_tokens, output_usd_per_million_tokens  # the real bill
+        token_cost_usd(1, 1, *self.usd_per_million_tokens, 0.0)  # refuses prices that are none
         self.account = Account()
         self._client: openai.AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
-    def usd_per_million_tokens(self) -> tuple[float, float]:
-        """The real bill: input, output."""
-        return self._prices
-
-    @property
     def is_paid(self) -> bool:
-        return any(price > 0 for price in self.prices)
+        return any(price > 0 for price in self.usd_per_million_tokens)
 
     def bound(self, request: ExpertRequest) -> ExpertBound:
         """A token has at least one byte, so bytes bound the input tokens; the seconds are not known beforehand."""
@@ -136,7 +131,8 @@ class EndpointExpert:
             self._client = None
 
     async def _attempt(self, messages: Sequence[Mapping[str, str]], partial: Partial) -> Attempt[ExpertReply]:
-        most_usd = token_cost_usd(self._most_input_tokens(messages), self.max_output_tokens, *self.prices, 0.0)
+        prices = self.usd_per_million_tokens
+        most_usd = token_cost_usd(self._most_input_tokens(messages), self.max_output_tokens, *prices, 0.0)
         if not self.account.reserve(most_usd):
             _logger.warning("%s at %s is not asked: the run's spending cap is reached", self.model, self._where)
             return Attempt(ExpertReply("", 0, 0, 0.0, CallStatus.FAILED, Reason.SPEND_CAP), False)
@@ -144,7 +140,7 @@ class EndpointExpert:
         try:
             made = await self._ask(messages, partial)
             if not made.value.is_estimated:
-                paid_usd = token_cost_usd(made.value.input_tokens, made.value.output_tokens, *self.prices, 0.0)
+                paid_usd = token_cost_usd(made.value.input_tokens, made.value.output_tokens, *prices, 0.0)
             return made
         finally:
             self.account.settle(most_usd, paid_usd)

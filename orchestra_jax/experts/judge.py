@@ -41,10 +41,10 @@ class Verdict:
 
 
 class JudgeModel(Protocol):
-    """Who is asked: an EndpointExpert, or a recorded one. `prices`: $ per million tokens in and out."""
+    """Who is asked: an EndpointExpert, or a recorded one. Prices are of input and output."""
 
     model: str
-    prices: tuple[float, float]
+    usd_per_million_tokens: tuple[float, float]
 
     async def complete(self, messages: Sequence[Mapping[str, str]]) -> ExpertReply: ...
 
@@ -68,8 +68,8 @@ class Judge:
             model=self._model.model,
             input_tokens=reply.input_tokens,
             output_tokens=reply.output_tokens,
-            input_usd_per_million_tokens=self._model.prices[0],
-            output_usd_per_million_tokens=self._model.prices[1],
+            input_usd_per_million_tokens=self._model.usd_per_million_tokens[0],
+            output_usd_per_million_tokens=self._model.usd_per_million_tokens[1],
             status=CallStatus.FAILED if is_unreadable else reply.status,
             queue_s=reply.queue_s,
             retry_s=reply.retry_s,

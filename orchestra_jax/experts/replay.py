@@ -23,7 +23,7 @@ class RecordedExpert:
 
     def __init__(self, expert: EndpointExpert, store: Store):
         self._expert, self._store = expert, store
-        self.model, self.prices = expert.model, expert.prices
+        self.model, self.usd_per_million_tokens = expert.model, expert.usd_per_million_tokens
 
     def bound(self, request: ExpertRequest) -> ExpertBound:
         return self._expert.bound(request)
