@@ -124,7 +124,7 @@ def test_logprobs_behind_a_shared_prompt_are_those_of_the_whole_stream(temperatu
 
 
 def make_related_groups():
-    """The groups with completions that begin alike: one's for 4 tokens, another's for as far as the shorter one goes."""
+    """Completions that begin alike: one group's for 4 tokens, another's for as far as the shorter one goes."""
     alike = {0: 4, 1: 100, 2: 0, 3: 1}
     groups = []
     for p, group in enumerate(GROUPS):
