@@ -153,7 +153,7 @@ def test_what_a_budget_did_by_hand():
 
     limited = dataclasses.replace(CHEAP, budget=Budget(0.01, 10.0))
     rollouts = (charged(0.005, 3.0), charged(0.012, 1.0, Reason.OVER_BUDGET), charged(0.0, 19.0))
-    groups = [group(limited, *rollouts), group(RIGHT, charged(5.0, 500.0), charged(0.0, 0.0))]
+    groups = [group(limited, *rollouts), group(RIGHT, charged(5.0, 500.0), charged(0.0, 0.0), charged(0.1, 1.0))]
     scored = score_groups(groups, OBJECTIVES, ScoringSettings())
     values = rollout_metrics([limited, RIGHT], groups, scored, OBJECTIVES, (), SECONDS)
     expected = {"violation_rate": 2 / 3, "refused_share": 1 / 3, "used_share": (0.5 + 1.2 + 2.0) / 3}
