@@ -14,6 +14,7 @@ from absl import app, flags
 SUITES = {
     "aot": "experiments.benchmarks.aot",
     "decode": "experiments.benchmarks.decode",
+    "environments": "experiments.benchmarks.environments",
     "logprobs": "experiments.benchmarks.logprobs",
     "tools": "experiments.benchmarks.tools",
     "train_step": "experiments.benchmarks.train_step",

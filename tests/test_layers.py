@@ -50,7 +50,16 @@ ROWS = (
         "checkpoints",
     ),
     ("environments",),
-    ("demonstrations", "config", "toolset", "components", "settings", "rollout_metrics", "collection"),
+    (
+        "demonstrations",
+        "config",
+        "toolset",
+        "function_world",
+        "components",
+        "settings",
+        "rollout_metrics",
+        "collection",
+    ),
     ("data.synthesis", "evaluation"),
     ("training",),
 )
