@@ -14,6 +14,7 @@ from absl import app, flags
 SUITES = {
     "aot": "experiments.benchmarks.aot",
     "decode": "experiments.benchmarks.decode",
+    "environments": "experiments.benchmarks.environments",
     "logprobs": "experiments.benchmarks.logprobs",
     "pipeline": "experiments.benchmarks.pipeline",
     "tools": "experiments.benchmarks.tools",

@@ -52,23 +52,23 @@ def sample_texts() -> list[str]:
     return questions + fixed * (len(questions) // len(fixed))
 
 
-def build(texts: list[str]) -> str:
-    """The text of tokenizer.json for a tokenizer trained on `texts`."""
+def build(texts: list[str], units: list[str] = UNITS, pattern: str = PATTERN) -> str:
+    """The text of tokenizer.json for a tokenizer trained on `texts`; a unit, found by the pattern, is one token."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "removed"), byte_level])
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "removed"), byte_level])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(UNITS) - len(CONTROL_SPELLINGS),
+        vocab_size=VOCAB_SIZE - len(units) - len(CONTROL_SPELLINGS),
         min_frequency=MIN_FREQUENCY,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
     vocab, merges = (json.loads(trained.to_str())["model"][key] for key in ("vocab", "merges"))
-    for unit in UNITS:
+    for unit in units:
         vocab.setdefault(byte_level.pre_tokenize_str(unit)[0][0], len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge) for merge in merges], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     for spelling in CONTROL_SPELLINGS.values():
         tokenizer.add_tokens([AddedToken(spelling, normalized=False, special=spelling.startswith("<|"))])

@@ -17,9 +17,20 @@ from orchestra_jax.data.corpus import build_documents, load_documents
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.data.questions import build_tasks
 from orchestra_jax.data.records import Preference, Task
+from orchestra_jax.demonstrations import DemonstratedTurn, question_turn
+from orchestra_jax.environments.environment import Environment
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.world import check_pools
+from orchestra_jax.function_world import (
+    FIRST_TEST_SEED,
+    build_domains,
+    build_function_calling,
+    build_function_preferences,
+    build_function_tasks,
+    check_functions,
+    guessed_turn,
+)
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
@@ -50,7 +61,7 @@ class Components:
 
     chat: Chat
     model_config: ModelConfig  # with the tokenizer's vocabulary
-    environment: QuestionAnswering
+    environment: Environment
     resources: contextlib.ExitStack
     account: Account  # real money
     objectives: tuple[Objective, ...]
@@ -58,6 +69,7 @@ class Components:
     train_tasks: tuple[Task, ...]
     test_tasks: tuple[Task, ...]
     preferences: tuple[Preference, ...]
+    demonstrated_turn: DemonstratedTurn  # of the warm start
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
@@ -80,6 +92,7 @@ def check_config(config: RunConfig) -> None:
         "compute.attention": (config.compute.attention, ("own", "auto", *attention.IMPLEMENTATIONS)),
         "engine": (config.engine, ENGINES),
         "experts.outcome": (config.experts.outcome, OUTCOMES),
+        "environment": (config.environment, WORLDS),
         "grpo.batching": (config.grpo.batching, BATCHINGS),
         "grpo.reward_form": (config.grpo.reward_form, FORMS),
         "grpo.range_rule": (config.grpo.range_rule, RANGE_RULES),
@@ -266,25 +279,61 @@ def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
     return (dataclasses.replace(PREFERENCES["balanced"], weights=named),)
 
 
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What is particular to an environment."""
+
+    environment: Environment
+    train_tasks: tuple[Task, ...]
+    test_tasks: tuple[Task, ...]
+    preferences: tuple[Preference, ...]
+    demonstrated_turn: DemonstratedTurn
+
+
+def _build_questions(config: RunConfig, account: Account, opened: contextlib.ExitStack) -> World:
+    documents = load_documents(config.data.corpus_path) if config.data.corpus_path else build_documents()
+    descriptions = load_descriptions(config.experts.descriptions_path) if config.experts.descriptions_path else {}
+    sandbox = opened.enter_context(PythonSandbox(isolation=config.tools.isolation))
+    toolbox = build_toolbox(config, documents, sandbox, account, opened)
+    is_compact, judge = config.prompt.rendering == "compact", build_judge(config, account)
+    return World(
+        QuestionAnswering(toolbox, config.world.max_calls, is_compact, descriptions, judge),
+        build_tasks("train", config.data.num_tasks_per_cell, config.data.seed),
+        build_tasks("test", config.data.num_test_tasks_per_cell, config.data.seed),
+        build_preferences(config.data.weights),
+        question_turn,
+    )
+
+
+def _build_functions(config: RunConfig, account: Account, opened: contextlib.ExitStack) -> World:
+    settings = config.functions
+    check_functions(settings)
+    train, test = build_domains(settings, 0), build_domains(settings, FIRST_TEST_SEED)
+    return World(
+        build_function_calling(config, {**train, **test}, account),
+        build_function_tasks(settings, train, settings.num_tasks, config.data.seed),
+        build_function_tasks(settings, test, settings.num_test_tasks, config.data.seed),
+        build_function_preferences(settings),
+        guessed_turn,
+    )
+
+
+WORLDS = {"question_answering": _build_questions, "functions": _build_functions}
+
+
 def build_components(config: RunConfig) -> Components:
     """ValueError for what `check_config` refuses, and a rendering, tokenizer directory, corpus or endpoints file that
     is not there."""
     check_config(config)
     chat, model_config = build_chat_and_model(config)
-    documents = load_documents(config.data.corpus_path) if config.data.corpus_path else build_documents()
     account = Account(config.experts.spend_cap_usd)
-    descriptions = load_descriptions(config.experts.descriptions_path) if config.experts.descriptions_path else {}
     with contextlib.ExitStack() as opened:
-        sandbox = opened.enter_context(PythonSandbox(isolation=config.tools.isolation))
-        toolbox = build_toolbox(config, documents, sandbox, account, opened)
-        judge = build_judge(config, account)
+        world = WORLDS[config.environment](config, account, opened)
         resources = opened.pop_all()  # a mistake before this line closes what was opened
-    is_compact = config.prompt.rendering == "compact"
-    environment = QuestionAnswering(toolbox, config.world.max_calls, is_compact, descriptions, judge)
     return Components(
         chat=chat,
         model_config=model_config,
-        environment=environment,
+        environment=world.environment,
         resources=resources,
         account=account,
         objectives=build_objectives(config),
@@ -298,7 +347,8 @@ def build_components(config: RunConfig) -> Components:
             orchestrator_tokens_per_s=config.world.orchestrator_tokens_per_s,
             ends_on_tool_failure=config.episode.ends_on_tool_failure,
         ),
-        train_tasks=build_tasks("train", config.data.num_tasks_per_cell, config.data.seed),
-        test_tasks=build_tasks("test", config.data.num_test_tasks_per_cell, config.data.seed),
-        preferences=build_preferences(config.data.weights),
+        train_tasks=world.train_tasks,
+        test_tasks=world.test_tasks,
+        preferences=world.preferences,
+        demonstrated_turn=world.demonstrated_turn,
     )

@@ -71,6 +71,30 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass
+class FunctionsConfig:
+    """The tasks of environment "functions": see function_world."""
+
+    domain: str = "library"  # a key of function_world.DOMAINS
+    num_databases: int = 8  # for training, and as many others for held-out tasks
+    num_people: int = 60  # members or customers of a database
+    num_things: int = 150  # books or parcels
+    num_places: int = 4  # branches or depots
+    difficulties: tuple[int, ...] = (1, 2, 3, 4, 5, 6)  # golden calls, in turn
+    has_short_wishes: bool = False  # lines of one verb and numbers, for a policy with a small vocabulary
+    num_tasks: int = 2000
+    num_test_tasks: int = 300
+    num_spare_calls: int = 2  # beside the golden ones and the one that tells the user
+    call_cost_usd: float = 0.001  # of a function
+    call_latency_s: float = 1.0
+    has_experts: bool = False  # call_expert beside the functions
+    adviser_skill: float = 0.8  # of simulated experts: how often they name the right call
+    preferences: tuple[str, ...] = ("outcome", "cheap", "fast")  # of data.preferences
+    user_endpoint: str = ""  # the base URL of a model that plays the user; empty: by script
+    user_model: str = ""
+    user_key_variable: str = ""
+
+
+@dataclasses.dataclass
 class EpisodeConfig:
     max_turn_tokens: int = 32
     max_tokens: int = 192  # prompt and all turns
@@ -170,11 +194,13 @@ class RunConfig:
     # trained: prompt.tokenizer_directory is the tokenizer that belongs to them.
     model: str = "quickstart"
     engine: str = "jax"
+    environment: str = "question_answering"  # a key of components.WORLDS
     checkpoint_every: int = 50  # GRPO steps
     keep_checkpoints: int = 2
     num_saved_groups: int = 4  # of each saved step, in trajectories/
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    functions: FunctionsConfig = dataclasses.field(default_factory=FunctionsConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     tools: ToolsConfig = dataclasses.field(default_factory=ToolsConfig)

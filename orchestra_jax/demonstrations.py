@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from orchestra_jax.generation.scripted_engine import ScriptedEngine
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.types import ToolCall, TrajectoryGroup
 
+Shown = Callable[[], str]
+DemonstratedTurn = Callable[[Environment, Instance, int, Shown, np.random.Generator], tuple[str, ToolCall]]
+
 
 def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Generator) -> ToolCall:
     """The call of one turn of a random route."""
@@ -32,6 +35,14 @@ def random_turn(instance: Instance, turn: int, max_calls: int, rng: np.random.Ge
     return ToolCall(tool, {"model": offer.alias})
 
 
+def question_turn(
+    environment: Environment, instance: Instance, turn: int, shown: Shown, rng: np.random.Generator
+) -> tuple[str, ToolCall]:
+    """The thought and the call of one turn of a question's demonstration."""
+    call = random_turn(instance, turn, environment.max_calls, rng)
+    return restate(instance) if turn == 0 else "", call
+
+
 def demonstrate(
     instances: Sequence[Instance],
     group_size: int,
@@ -39,8 +50,13 @@ def demonstrate(
     chat: Chat,
     config: RolloutConfig,
     seed: int,
+    demonstrated_turn: DemonstratedTurn = question_turn,
 ) -> list[TrajectoryGroup]:
-    """`group_size` demonstrations of each instance, played through the environment's tools."""
+    """`group_size` demonstrations of each instance, played through the environment's tools.
+
+    `demonstrated_turn` is told environment, instance, number of the turn, and how to get the context
+    as text.
+    """
     by_session = {
         f"{instance.instance_id}#{index}": (
             instance,
@@ -52,7 +68,11 @@ def demonstrate(
 
     def script(session_id: str, turn: int, prompt_tokens: Sequence[int]) -> list[int]:
         instance, rng = by_session[session_id]
-        call = random_turn(instance, turn, environment.max_calls, rng)
-        return chat_format.encode_turn(chat, restate(instance) if turn == 0 else "", [call])
+
+        def shown() -> str:
+            return chat_format.decode(chat, prompt_tokens)
+
+        thought, call = demonstrated_turn(environment, instance, turn, shown, rng)
+        return chat_format.encode_turn(chat, thought, [call])
 
     return run_groups(instances, group_size, environment, ScriptedEngine(script), chat, config, seed)

@@ -27,6 +27,7 @@ from orchestra_jax.data.pipeline import make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
+from orchestra_jax.evaluation.functions import evaluate_functions
 from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
 from orchestra_jax.grpo.kl_penalty import reference_kl
@@ -64,6 +65,7 @@ from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
 WARM_START_REPORT_EVERY = 10  # steps
+EVALUATIONS = {"question_answering": evaluate_run, "functions": evaluate_functions}
 
 
 @dataclasses.dataclass
@@ -102,7 +104,8 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
             save(parts, progress, checkpointer, batches, start_s)
         progress = improve(config, parts, progress, batches, metrics, checkpointer, directory, start_s)
         trained = played_params(config, parts, progress)
-        summary = evaluate_run(config, parts, trained, progress.reference_params, directory)
+        evaluate = EVALUATIONS[config.environment]
+        summary = evaluate(config, parts, trained, progress.reference_params, directory)
     summary["wall_s"] = progress.wall_s + time.monotonic() - start_s
     directory.write_summary(summary)
     return summary
@@ -137,6 +140,7 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
                 parts.chat,
                 parts.rollout,
                 derive_seed(config.seed, step),
+                parts.demonstrated_turn,
             )
             (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
             with on_mesh(config):

@@ -11,9 +11,11 @@ gives the frozen entries as they stand: a scan copies nothing and touches nothin
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Mapping, MutableMapping
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from orchestra_jax.environments.functions.frozen import freeze, is_same, thaw
 
@@ -32,31 +34,28 @@ class Base:
     def __init__(self, data: BaseModel | Mapping[str, object]):
         fields = data.__dict__ if isinstance(data, BaseModel) else data
         self.fields: dict[str, object] = {name: freeze(value) for name, value in fields.items()}
-        annotations = type(data).model_fields if isinstance(data, BaseModel) else {}
-        self._adapters = {name: TypeAdapter(field.annotation) for name, field in annotations.items()}
         self.tables = frozenset(name for name, value in self.fields.items() if isinstance(value, dict))
+        annotations = type(data).model_fields if isinstance(data, BaseModel) else {}
+        self._adapters = {name: TypeAdapter(self._entry_type(name, each)) for name, each in annotations.items()}
+
+    def _entry_type(self, name: str, field: FieldInfo) -> object:
+        """The type of one entry: of the values of a table, of the field itself if it is none."""
+        return typing.get_args(field.annotation)[1] if name in self.tables else field.annotation
 
     def check(self, key: Key, entry: object) -> object:
         """The entry as the data model reads it. ValueError names table, id and field."""
         table, entry_id = key
         if table not in self._adapters:
             return entry
-        value = {entry_id: _plain(entry)} if table in self.tables else _plain(entry)
+        plain = (
+            entry.__pydantic_serializer__.to_python(entry, warnings=False) if isinstance(entry, BaseModel) else entry
+        )
         try:
-            read = self._adapters[table].validate_python(value)
+            return self._adapters[table].validate_python(plain)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
+            field = ".".join(map(str, (entry_id, *first["loc"])))
             raise ValueError(f"{table} {field}: {first['msg']}, got {first['input']!r}"[:300]) from error
-        return read[entry_id] if table in self.tables else read
-
-
-def _plain(value):
-    if isinstance(value, BaseModel):
-        return {name: _plain(each) for name, each in value.__dict__.items()}
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 class Table(MutableMapping):
@@ -144,7 +143,10 @@ class Database:
             if not is_same(self._settled(key), entry):
                 written[key] = entry if entry is _DELETED else freeze(self.base.check(key, entry))
         for key, entry in written.items():
-            self._set_committed(key, entry)
+            if key in self._committed and is_same(self._first(key), entry):
+                del self._committed[key]  # as it was at first: no change
+            else:
+                self._committed[key] = entry
         self.touched.update(taken)
 
     def rollback(self) -> None:
@@ -159,8 +161,10 @@ class Database:
 
     def _settled(self, key: Key) -> object:
         """The entry as earlier calls left it, frozen."""
-        if key in self._committed:
-            return self._committed[key]
+        return self._committed[key] if key in self._committed else self._first(key)
+
+    def _first(self, key: Key) -> object:
+        """The entry as every episode finds it."""
         table, entry_id = key
         field = self.base.fields[table]
         return field.get(entry_id, _DELETED) if table in self.base.tables else field
@@ -175,9 +179,3 @@ class Database:
         if key not in self._open:
             entry = self._open[key] = thaw(entry)
         return entry
-
-    def _set_committed(self, key: Key, entry: object) -> None:
-        """An entry that is as it was at first is no change."""
-        self._committed.pop(key, None)
-        if not is_same(self._settled(key), entry):
-            self._committed[key] = entry

@@ -183,6 +183,9 @@ WISHES = (
     change_address, move_to_branch, pay_and_borrow, swap_books, hand_over,
 )  # fmt: skip
 
+# Those that name nothing but numbers of books and members: what a policy with a small vocabulary can read and write.
+SHORT_WISHES = (lend_book, bring_back, extend_loan, reserve_book, ask_shelf, want_book)
+
 
 def generate_library_tasks(domain: Domain, num_tasks: int, seed: int) -> list[FunctionTask]:
     """Difficulties 1 to 6 in turn."""

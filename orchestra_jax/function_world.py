@@ -1,0 +1,109 @@
+"""The world of function-calling tasks of a run, built from its config: databases, tasks, user, environment.
+
+Training and held-out tasks live on different databases of the same domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from orchestra_jax.config import FunctionsConfig, RunConfig
+from orchestra_jax.data.preferences import PREFERENCES
+from orchestra_jax.data.records import Instance, Preference
+from orchestra_jax.environments.functions.advisers import SimulatedAdviser
+from orchestra_jax.environments.functions.domain import Domain
+from orchestra_jax.environments.functions.domains.courier import make_courier
+from orchestra_jax.environments.functions.domains.courier_tasks import WISHES as COURIER_WISHES
+from orchestra_jax.environments.functions.domains.guessing_clerk import guess
+from orchestra_jax.environments.functions.domains.library import make_library
+from orchestra_jax.environments.functions.domains.library_tasks import SHORT_WISHES
+from orchestra_jax.environments.functions.domains.library_tasks import WISHES as LIBRARY_WISHES
+from orchestra_jax.environments.functions.domains.wish import generate_tasks
+from orchestra_jax.environments.functions.function_calling import FunctionCalling, FunctionSettings
+from orchestra_jax.environments.functions.task import FunctionTask
+from orchestra_jax.environments.functions.tools import CallPrice
+from orchestra_jax.environments.functions.user import ModelUser, ScriptedUser, User
+from orchestra_jax.experts.catalog import EXPERTS
+from orchestra_jax.experts.endpoint import EndpointExpert
+from orchestra_jax.tools.budget import Account
+from orchestra_jax.types import ToolCall
+
+DOMAINS = {"library": (make_library, LIBRARY_WISHES), "courier": (make_courier, COURIER_WISHES)}
+FIRST_TEST_SEED = 1_000  # of databases: those of training begin with 0
+
+
+def check_functions(settings: FunctionsConfig) -> None:
+    """ValueError for an unknown domain or preference, and numbers that are out of range."""
+    if settings.domain not in DOMAINS:
+        raise ValueError(f"functions.domain {settings.domain!r} is not one of {sorted(DOMAINS)}")
+    if settings.has_short_wishes and settings.domain != "library":
+        raise ValueError(f"functions.has_short_wishes is for the library, not for {settings.domain!r}")
+    if unknown := sorted(set(settings.preferences) - set(PREFERENCES)) or not settings.preferences:
+        raise ValueError(f"functions.preferences {unknown or ()} must be some of {sorted(PREFERENCES)}")
+    if not 1 <= settings.num_databases < FIRST_TEST_SEED:
+        raise ValueError(f"functions.num_databases {settings.num_databases} must lie in 1 to {FIRST_TEST_SEED - 1}")
+    if not settings.difficulties or min(settings.difficulties) < 1 or settings.num_spare_calls < 0:
+        raise ValueError(
+            f"functions.difficulties {settings.difficulties} must be 1 or more each, and functions.num_spare_calls "
+            f"{settings.num_spare_calls} 0 or more"
+        )
+
+
+def build_domains(settings: FunctionsConfig, first_seed: int) -> dict[str, Domain]:
+    """Domains by name, `num_databases` of them."""
+    make = DOMAINS[settings.domain][0]
+    sizes = (settings.num_people, settings.num_things, settings.num_places)
+    seeds = range(first_seed, first_seed + settings.num_databases)
+    return {f"{settings.domain}-{seed}": make(seed, *sizes, name=f"{settings.domain}-{seed}") for seed in seeds}
+
+
+def build_function_tasks(
+    settings: FunctionsConfig, domains: dict[str, Domain], num_tasks: int, seed: int
+) -> tuple[FunctionTask, ...]:
+    """`num_tasks` tasks, in equal parts on each of the databases."""
+    wishes = SHORT_WISHES if settings.has_short_wishes else DOMAINS[settings.domain][1]
+    shares = np.bincount(np.arange(num_tasks) % len(domains), minlength=len(domains))
+    tasks: list[FunctionTask] = []
+    for domain, share in zip(domains.values(), shares):
+        tasks += generate_tasks(
+            domain, wishes, settings.difficulties, int(share), seed, is_short=settings.has_short_wishes
+        )
+    return tuple(tasks)
+
+
+def build_function_preferences(settings: FunctionsConfig) -> tuple[Preference, ...]:
+    return tuple(PREFERENCES[name] for name in settings.preferences)
+
+
+def build_user(settings: FunctionsConfig, account: Account) -> User:
+    if not settings.user_endpoint:
+        return ScriptedUser()
+    endpoint = EndpointExpert(settings.user_endpoint, settings.user_model, settings.user_key_variable)
+    endpoint.account = account
+    return ModelUser(endpoint)
+
+
+def build_function_calling(config: RunConfig, domains: dict[str, Domain], account: Account) -> FunctionCalling:
+    settings = config.functions
+    skills = {expert.model: settings.adviser_skill for expert in EXPERTS}
+    return FunctionCalling(
+        domains,
+        build_user(settings, account),
+        FunctionSettings(
+            config.prompt.rendering == "compact",
+            config.world.max_calls,
+            settings.num_spare_calls,
+            CallPrice(settings.call_cost_usd, settings.call_latency_s),
+            config.episode.tool_timeout_s,
+        ),
+        (lambda model: SimulatedAdviser(skills)) if settings.has_experts else None,
+    )
+
+
+def guessed_turn(
+    environment: FunctionCalling, instance: Instance, turn: int, shown: Callable[[], str], rng: np.random.Generator
+) -> tuple[str, ToolCall]:
+    """A demonstration's thought, which is none, and its call."""
+    return "", guess(environment.domains[instance.task.domain], instance, turn, shown, rng)
