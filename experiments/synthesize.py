@@ -1,7 +1,7 @@
 """Synthesises a function-calling domain and its tasks from a description, with any OpenAI-compatible endpoints.
 
     python -m experiments.synthesize --name=bakery --description=bakery.txt --endpoints=endpoints.json --writer=gpt-5 \\
-        --checker=gpt-5-mini --solver=gpt-5 --directory=runs/bakery --spend_cap_usd=20
+        --checker=gpt-5-mini --solver=gpt-5 --output_directory=runs/bakery --spend_cap_usd=20
 
 `endpoints.json` is what `--config.experts.endpoints_path` of a training takes; the three may be one model. The same
 command goes on where it was stopped. What it writes: orchestra_jax/data/synthesis/pipeline.py.
@@ -19,9 +19,9 @@ _ENDPOINTS = flags.DEFINE_string("endpoints", None, "Endpoints by model, JSON.",
 _WRITER = flags.DEFINE_string("writer", None, "The model that writes.", required=True)
 _CHECKER = flags.DEFINE_string("checker", None, "The model that reviews entries; the writer if not given.")
 _SOLVER = flags.DEFINE_string("solver", None, "The model that tries the tasks; the writer if not given.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "Where everything goes.", required=True)
+_DIRECTORY = flags.DEFINE_string("output_directory", None, "Where everything goes.", required=True)
 _CAP = flags.DEFINE_float("spend_cap_usd", 0.0, "Real money that this run may spend.")
-_OPTIONS = flags.DEFINE_multi_string("option", [], "name=number for a field of SynthesisConfig.")
+_OPTIONS = flags.DEFINE_multi_string("setting", [], "name=number for a field of SynthesisConfig.")
 
 
 def main(_):
@@ -46,7 +46,7 @@ def synthesize() -> None:
     types = {field.name: type(field.default) for field in dataclasses.fields(SynthesisConfig)}
     options = dict(option.partition("=")[::2] for option in _OPTIONS.value)
     if unknown := sorted(set(options) - set(types)):
-        raise ValueError(f"--option={unknown[0]} is none of {', '.join(types)}")
+        raise ValueError(f"--setting={unknown[0]} is none of {', '.join(types)}")
     config = SynthesisConfig(**{name: types[name](value) for name, value in options.items()})
     try:
         description = pathlib.Path(_DESCRIPTION.value).read_text(encoding="utf-8")

@@ -24,8 +24,8 @@ def run(files, **changes):
         "description": str(files / "bakery.txt"),
         "endpoints": str(files / "endpoints.json"),
         "writer": "gpt-5",
-        "directory": str(files / "out"),
-        "option": ["num_subjects=6", "num_intents=10", "num_attempts=2", "max_turns=4", "max_similarity=0.7"],
+        "output_directory": str(files / "out"),
+        "setting": ["num_subjects=6", "num_intents=10", "num_attempts=2", "max_turns=4", "max_similarity=0.7"],
     }
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -44,8 +44,8 @@ def test_one_model_in_all_three_parts(files, capsys):
     ("changes", "told"),
     [
         ({"writer": "gpt-6"}, "'gpt-6' has no endpoint"),
-        ({"option": ["num_subject=3"]}, "--option=num_subject is none of num_subjects"),
-        ({"option": ["num_subjects=0"]}, "num_subjects 0 must be 1 or more"),
+        ({"setting": ["num_subject=3"]}, "--setting=num_subject is none of num_subjects"),
+        ({"setting": ["num_subjects=0"]}, "num_subjects 0 must be 1 or more"),
         ({"description": "/nowhere.txt"}, "/nowhere.txt cannot be read"),
         ({"name": "my bakery"}, "the domain 'my bakery' needs a name"),
     ],
