@@ -8,6 +8,7 @@ command goes on where it was stopped. What it writes: orchestra_jax/data/synthes
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -39,7 +40,7 @@ def synthesize() -> None:
     from orchestra_jax.experts.endpoint import load_endpoints
     from orchestra_jax.tools.budget import Account
 
-    endpoints = load_endpoints(_ENDPOINTS.value, Account(_CAP.value))
+    endpoints = load_endpoints(_ENDPOINTS.value, _models_in(_ENDPOINTS.value), Account(_CAP.value))
     names = [_WRITER.value, _CHECKER.value or _WRITER.value, _SOLVER.value or _WRITER.value]
     if missing := sorted(set(names) - set(endpoints)):
         raise ValueError(f"{missing[0]!r} has no endpoint in {_ENDPOINTS.value}: choose among {sorted(endpoints)}")
@@ -56,6 +57,14 @@ def synthesize() -> None:
     samples = generate_samples(Brief(_NAME.value, description), *models, _DIRECTORY.value, config)
     print(render_report(samples.reports, {}))
     print(f"{len(samples.tasks)} tasks in {_DIRECTORY.value}, ${samples.paid_usd:.4f} paid")
+
+
+def _models_in(path: str) -> list[str]:
+    """Any model of the file may write; of a file that is none, load_endpoints says what is wrong."""
+    try:
+        return list(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 if __name__ == "__main__":

@@ -101,17 +101,32 @@ class PromptedInstance:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Make:
-    """The seed of an instance depends on the stream's seed, the part and the place in the part's stream alone."""
+class _Place:
+    """Where an instance comes from: the part, and the element's place in the part's stream and in its source."""
 
     part: Part
+
+    def __call__(self, index: int, number: int) -> tuple[Part, int, int]:
+        return self.part, index, number
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+    """The seed of an instance depends on the stream's seed, the part and the place in the part's stream alone.
+
+    One kind of work after the other over the whole batch: in turns for each instance, they cost nearly twice as much.
+    """
+
     seed: int
     encode: Callable[[object], list[int]] | None
 
-    def __call__(self, index: int, number: int) -> object:
-        element = self.part.source[number]
-        instance = self.part.make(element, derive_seed(self.seed, self.part.name, index))
-        return instance if self.encode is None else PromptedInstance(instance, self.encode(instance))
+    def __call__(self, places: Sequence[tuple[Part, int, int]]) -> list:
+        elements = [part.source[number] for part, _, number in places]
+        seeds = [derive_seed(self.seed, part.name, index) for part, index, _ in places]
+        instances = [place[0].make(element, seed) for place, element, seed in zip(places, elements, seeds)]
+        if self.encode is None:
+            return instances
+        return [PromptedInstance(instance, self.encode(instance)) for instance in instances]
 
 
 class InstanceStream:
@@ -150,12 +165,12 @@ class InstanceStream:
             .seed(derive_seed(seed, part.name) % 2**31)
             .shuffle()
             .repeat()
-            .map_with_index(_Make(part, seed, encode))
+            .map_with_index(_Place(part))
             for part in parts
         ]
         mixed = grain.MapDataset.mix(streams, [part.weight for part in parts]) if len(parts) > 1 else streams[0]
         self._batches = mixed[shard.host_index :: shard.num_hosts].batch(
-            num_per_batch // shard.num_hosts, batch_fn=list
+            num_per_batch // shard.num_hosts, batch_fn=_MakeBatch(seed, encode)
         )
         # What a state must agree on to mean the same batches. The number of workers is not among it.
         self._identity = [seed, num_per_batch, *([part.name, len(part.source), part.weight] for part in parts)]
