@@ -98,11 +98,12 @@ JAX_FREE = (
     "data.synthesis",
     "generation.engine",
     "generation.sglang_engine",
+    "generation.sglang",
     "generation.scripted_engine",
 )
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
-HTTP_MODULES = ("generation.sglang_engine", "tools", "experts.endpoint", "experts.chat_completion")
+HTTP_MODULES = ("generation.sglang_engine", "generation.sglang", "tools", "experts.endpoint", "experts.chat_completion")
 HTTP_LIBRARIES = {
     "aiohttp",
     "anthropic",
