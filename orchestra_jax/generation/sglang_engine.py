@@ -48,7 +48,7 @@ class SGLangConfig:
     api_key_variable: str = ""
     weights_directory: str = "/dev/shm/orchestra_jax"  # where trainer and servers both see it
     dtype: str = "bfloat16"  # of the weights that are sent, and of the servers' arithmetic
-    context_length: int = 4096
+    context_length: int = 1024
     max_concurrent: int = 256  # requests under way, for each server
     timeout_s: float = 1200.0  # of a turn, all its attempts and waits included
     attempt_timeout_s: float = 600.0

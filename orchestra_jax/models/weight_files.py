@@ -1,8 +1,8 @@
 """Parameters on their way to a server, step after step: one safetensors file, written as fast as the disk takes it.
 
 Each tensor is laid out as Hugging Face names it, and cast, on the device, while the one before is being written; no
-copy of the whole is made. What has not changed since the last whole file (the very same array, as a LoRA's base is) is left
-out. To save a model for good: huggingface.save_pretrained.
+copy of the whole is made. What has not changed since the last whole file (the very same array, as a LoRA's base is) is
+left out. To save a model for good: huggingface.save_pretrained.
 """
 
 from __future__ import annotations
