@@ -51,7 +51,7 @@ from orchestra_jax.policy import (
 from orchestra_jax.precision import cast_parameters, recipe_of
 from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
 from orchestra_jax.rewards.objectives import objective_vector
-from orchestra_jax.rollout_metrics import rollout_metrics
+from orchestra_jax.rollout_metrics import check_sampler_gap, rollout_metrics
 from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.settings import (
@@ -66,10 +66,6 @@ from orchestra_jax.types import TrajectoryGroup
 
 WARM_START_REPORT_EVERY = 10  # steps
 EVALUATIONS = {"question_answering": evaluate_run, "functions": evaluate_functions}
-
-
-class SamplerGapError(RuntimeError):
-    """What samples is not what is trained."""
 
 
 @dataclasses.dataclass
@@ -211,7 +207,6 @@ def improve(
             updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
             clock.append(time.monotonic())
             losses = take_optimizer_steps(config, parts, progress, updates, optimizer)
-            sampler_gap = check_sampler_gap(losses, settings.max_sampler_gap)
             asyncio.run(engine.update_weights(played_params(config, parts, progress), step + 1))
             raise_multipliers(config, parts, progress, collected.first_groups)
             progress.step = step + 1
@@ -219,7 +214,6 @@ def improve(
             values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
             values["filter/resampled_share"] = collected.num_resampled / len(groups)
             values.update({f"multiplier/{name}": value for name, value in progress.multipliers.items()})
-            values |= {"sampler/gap_mean": sampler_gap} if losses else {}
             values |= {"spend/total_usd": parts.account.spent_usd} if parts.account.spent_usd else {}
             metrics.write(step, values)
             bar.set_postfix({name: f"{values.get(f'score/{name}', np.nan):.3f}" for name in ("reward", "accuracy")})
@@ -291,23 +285,10 @@ def take_optimizer_steps(
                 gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
                 base_params=progress.reference_params if config.lora.rank else None,
             )  # fmt: skip
+        if not losses:
+            check_sampler_gap(some["sampler_gap_mean"], settings.max_sampler_gap)
         losses.append(some)
     return losses
-
-
-def check_sampler_gap(losses: list[dict[str, float]], most: float) -> float:
-    """The mean gap of a step's first update, where sampler and trainer have the same weights; 0 without an update.
-
-    SamplerGapError beyond `most`: every ratio of the step was wrong, and so will be those to come.
-    """
-    gap = losses[0]["sampler_gap_mean"] if losses else 0.0
-    if not gap <= most:
-        raise SamplerGapError(
-            f"the log-probabilities of sampler and trainer differ by {gap:.3g} nats on average, and "
-            f"grpo.max_sampler_gap is {most}: look whether the engine has the trainer's weights, dtype and "
-            "temperature; the last checkpoint is from before this step"
-        )
-    return gap
 
 
 def split_into_updates(

@@ -116,6 +116,23 @@ def test_episodes_beyond_the_models_context_are_refused():
         build_components(config)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("context_length", 100, "sglang.context_length 100 must hold episode.max_tokens 192 and be 4080 at most"),
+        ("context_length", 4096, "sglang.context_length 4096 must hold"),
+        ("dtype", "fp8", "sglang.dtype 'fp8' is not one of"),
+    ],
+)
+def test_servers_that_cannot_serve_the_run_are_refused(field, value, told):
+    config = small_config()
+    config.engine = "sglang"
+    module.check_config(config)
+    setattr(config.sglang, field, value)
+    with pytest.raises(ValueError, match=told):
+        module.check_config(config)
+
+
 def test_weights_take_the_place_of_the_preferences():
     (preference,) = build_preferences((2.0, 1.0, 1.0))
     assert preference.weights == {"outcome": 0.5, "cost_usd": 0.25, "latency_s": 0.25, "disallowed_calls": 0.0}

@@ -27,6 +27,7 @@ SERVE_CPU = pathlib.Path(__file__).parents[2] / "assets" / "sglang_cpu" / "serve
 DEVICES = ("cuda", "cpu")
 CONTEXT_MARGIN = 16  # tokens that SGLang keeps of the context for itself
 CHECK_EVERY_S = 10.0
+ANSWER_TIMEOUT_S = 5.0
 MAX_MISSED_CHECKS = 6
 LONGEST_WAIT_S = 60.0
 
@@ -155,7 +156,7 @@ class ServerProcess:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/model_info", timeout=5.0) as reply:
+            with urllib.request.urlopen(f"{self.url}/model_info", timeout=ANSWER_TIMEOUT_S) as reply:
                 return "weight_version" in json.loads(reply.read())
         except (OSError, ValueError, urllib.error.HTTPError):
             return False
