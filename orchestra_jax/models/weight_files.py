@@ -1,18 +1,21 @@
 """Parameters on their way to a server, step after step: one safetensors file, written as fast as the disk takes it.
 
-Each tensor is laid out as Hugging Face names it, and cast, on the device, while the one before is being written; no
-copy of the whole is made. What has not changed since the last whole file (the very same array, as a LoRA's base is) is
-left out. To save a model for good: huggingface.save_pretrained.
+Tensors are cast on the device, laid out as Hugging Face names them in tiles that stay in a core's cache, and written
+from there by a few threads at a time; no copy of the whole is made. What has not changed since the last whole file (the
+very same array, as a LoRA's base is) is left out. To save a model for good: huggingface.save_pretrained.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
 import json
 import math
+import os
 import pathlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,7 +25,9 @@ from orchestra_jax.models.huggingface import flat_leaves, names_by_leaf
 from orchestra_jax.models.huggingface_config import DTYPES, config_fields
 
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-NUM_AHEAD = 2  # tensors that the device prepares while one is written
+NUM_WRITERS = min(8, os.cpu_count() or 1)
+NUM_AHEAD = 2  # tensors that the device prepares beyond those that are being written
+TILE_ROWS, BLOCK_COLUMNS = 8, 512  # of a matrix that is transposed: four times as fast as in one piece
 ALIGNMENT = 8  # bytes; of the header
 
 
@@ -47,27 +52,32 @@ class WeightWriter:
         is_whole = len(changed) == len(leaves)
         fields = {**config_fields(self._config), "torch_dtype": self._dtype}
         (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        with open(directory / "model.safetensors", "wb", buffering=0) as file:
-            _write_all(file, _header(self._shapes(leaves, changed), self._dtype))
-            for array in _ahead(self._arrays(leaves, changed)):
-                _write_all(file, np.asarray(array).reshape(-1).view(np.uint8).data)
+        self._write_tensors(leaves, changed, directory / "model.safetensors")
         if is_whole:
             self._whole = {path: weakref.ref(leaf) for path, leaf in leaves.items()}
         return is_whole
 
-    def _shapes(self, leaves, changed) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for path in changed:
-            names, num_in = self._names_by_leaf[path]
-            shape = leaves[path].shape[1:] if path.startswith("layers/") else leaves[path].shape
-            for name in names:
-                yield name, _their_shape(shape, num_in)
+    def _write_tensors(self, leaves, changed, path: pathlib.Path) -> None:
+        tensors = [(path, *each) for path in changed for each in self._tensors(path, leaves[path])]
+        header = _header([(name, _their_shape(shape, num_in)) for _, name, _, shape, num_in in tensors], self._dtype)
+        with open(path, "wb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(NUM_WRITERS) as pool:
+            _write_at(file.fileno(), header, 0)
+            start, pending = len(header), collections.deque()
+            for leaf_path, _, layer, shape, num_in in tensors:
+                array = _one_layer(leaves[leaf_path], layer, dtype=self._dtype)
+                pending.append(pool.submit(_write_tensor, file.fileno(), start, array, num_in))
+                start += math.prod(shape) * np.dtype(self._dtype).itemsize
+                if len(pending) > NUM_WRITERS + NUM_AHEAD:
+                    pending.popleft().result()
+            for each in pending:
+                each.result()
 
-    def _arrays(self, leaves, changed) -> Iterator[jax.Array]:
-        for path in changed:
-            names, num_in = self._names_by_leaf[path]
-            for layer in range(len(names)):
-                is_stacked = path.startswith("layers/")
-                yield _their_layout(leaves[path], layer if is_stacked else None, num_in=num_in, dtype=self._dtype)
+    def _tensors(self, path, leaf) -> list[tuple[str, int | None, tuple[int, ...], int]]:
+        """(their name, the layer or None, our shape, number of input dims) of each tensor of a leaf."""
+        names, num_in = self._names_by_leaf[path]
+        if not path.startswith("layers/"):
+            return [(names[0], None, leaf.shape, num_in)]
+        return [(name, layer, leaf.shape[1:], num_in) for layer, name in enumerate(names)]
 
 
 def _their_shape(shape: tuple[int, ...], num_in: int) -> tuple[int, ...]:
@@ -76,15 +86,13 @@ def _their_shape(shape: tuple[int, ...], num_in: int) -> tuple[int, ...]:
     return (math.prod(shape),) if num_in == 0 else shape
 
 
-@functools.partial(jax.jit, static_argnames=("num_in", "dtype"))
-def _their_layout(leaf, layer, *, num_in: int, dtype: str):
-    """A matrix lies [out, in] there and [in, out] here (huggingface.py); `layer` None: the leaf is not stacked."""
-    array = (leaf if layer is None else leaf[layer]).astype(dtype)
-    shape = _their_shape(array.shape, num_in)
-    return array.reshape(shape[::-1]).T if num_in > 0 else array.reshape(shape)
+@functools.partial(jax.jit, static_argnames="dtype")
+def _one_layer(leaf, layer, *, dtype: str):
+    """`layer` None: the leaf is not stacked."""
+    return (leaf if layer is None else leaf[layer]).astype(dtype)
 
 
-def _header(shapes: Iterator[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
+def _header(shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
     """The length in 8 bytes, little-endian, and the JSON of names, shapes and places, padded with spaces."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -96,18 +104,28 @@ def _header(shapes: Iterator[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _ahead(arrays: Iterator[jax.Array]) -> Iterator[jax.Array]:
-    """The same arrays, NUM_AHEAD of them dispatched before they are asked for."""
-    pending: list[jax.Array] = []
-    for array in arrays:
-        pending.append(array)
-        if len(pending) > NUM_AHEAD:
-            yield pending.pop(0)
-    yield from pending
+def _write_tensor(descriptor: int, start: int, array: jax.Array, num_in: int) -> None:
+    """A matrix lies [out, in] there and [in, out] here (huggingface.py). `start`: where it begins, in bytes."""
+    host = np.asarray(array)
+    host = host.view(f"u{host.dtype.itemsize}")  # numpy copies its own types faster
+    if num_in <= 0:
+        _write_at(descriptor, host.reshape(-1).view(np.uint8).data, start)
+        return
+    matrix_IO = host.reshape(math.prod(host.shape[:num_in]), -1)
+    num_in_dims, num_out = matrix_IO.shape
+    block_OI = np.empty((min(BLOCK_COLUMNS, num_out), num_in_dims), host.dtype)
+    for column in range(0, num_out, BLOCK_COLUMNS):
+        num_columns = min(BLOCK_COLUMNS, num_out - column)
+        for row in range(0, num_in_dims, TILE_ROWS):
+            tile_IO = matrix_IO[row : row + TILE_ROWS, column : column + num_columns]
+            block_OI[:num_columns, row : row + TILE_ROWS] = tile_IO.T
+        _write_at(descriptor, block_OI[:num_columns].reshape(-1).view(np.uint8).data, start)
+        start += num_columns * num_in_dims * host.itemsize
 
 
-def _write_all(file, data) -> None:
+def _write_at(descriptor: int, data, start: int) -> None:
     """A write of gigabytes may take a part alone."""
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        num_written = os.pwrite(descriptor, view, start)
+        view, start = view[num_written:], start + num_written
