@@ -21,8 +21,7 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "Start the servers whose URL na
 
 
 def main(config):
-    from orchestra_jax.chat import load_chat
-    from orchestra_jax.components import build_model_config, check_config
+    from orchestra_jax.components import build_chat_and_model, check_config
     from orchestra_jax.generation.sglang.processes import ServerProcess, prepare_model_directory, watch
     from orchestra_jax.models.huggingface_config import config_fields
 
@@ -32,8 +31,8 @@ def main(config):
     urls = [url for url in config.sglang.urls if urllib.parse.urlsplit(url).hostname == _HOST.value]
     if not urls:
         raise ValueError(f"no URL of sglang.urls {config.sglang.urls} names --host={_HOST.value}")
-    chat = load_chat(config.prompt.tokenizer_directory, config.prompt.rendering)
-    prepare_model_directory(config.sglang, config_fields(build_model_config(config, chat)))
+    _, model_config = build_chat_and_model(config)
+    prepare_model_directory(config.sglang, config_fields(model_config))
     python = str(pathlib.Path(_SERVER_PYTHON.value).absolute())
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

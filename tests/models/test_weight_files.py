@@ -52,7 +52,7 @@ def test_of_a_lora_the_adapted_matrices_travel_alone(params, tmp_path):
     assert writer.write(params, tmp_path)
     for number in (1.0, 2.0):
         trained = jax.tree.map(lambda leaf, number=number: leaf + number, factors)
-        assert not writer.write(merge(lora, params, trained), tmp_path)
+        assert not writer.write(merge(params, trained, 2.0), tmp_path)
         names = {name.split(".", 3)[-1] for name in tensors(tmp_path)}
         assert names == {"self_attn.q_proj.weight", "mlp.down_proj.weight"}
         assert len(tensors(tmp_path)) == 2 * CONFIG.num_layers

@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orchestra_jax.chat import load_chat
-from orchestra_jax.components import build_model_config
+from orchestra_jax.components import build_chat_and_model
 from orchestra_jax.config import RunConfig
 from orchestra_jax.generation.engine import Sampling
 from orchestra_jax.generation.sglang_engine import SGLangEngine
@@ -140,7 +139,7 @@ class Served:
 
 
 def served_model_config(config):
-    return build_model_config(config, load_chat(config.prompt.tokenizer_directory, config.prompt.rendering))
+    return build_chat_and_model(config)[1]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +227,7 @@ def test_every_update_changes_the_weights_and_a_lora_sends_what_it_changed(serve
     engine, seen = served.engine(), {}
     lora = LoraConfig(rank=2, projections=("query", "down"))
     factors = jax.tree.map(lambda leaf: leaf + 0.01, init_lora(lora, params, jax.random.key(1)))
-    merged = merge(lora, params, factors)
+    merged = merge(params, factors, 2.0)
     asyncio.run(engine.update_weights(params, 1))
     seen[1] = [checksums(url) for url in served.urls]
     asyncio.run(engine.update_weights(merged, 2))
