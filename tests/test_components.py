@@ -46,7 +46,7 @@ def test_the_parts_follow_the_config():
     ("path", "value", "told"),
     [
         ("model", "qwen", r"model 'qwen' is not one of \[.*'quickstart'"),
-        ("engine", "vllm", r"engine 'vllm' is not one of \['jax'\]"),
+        ("engine", "vllm", r"engine 'vllm' is not one of \['jax', 'sglang'\]"),
         ("prompt.rendering", "llama", r"rendering is 'llama'; choose one of .*'qwen3', 'compact'"),
         ("prompt.tokenizer_directory", "/nowhere", "no /nowhere/tokenizer.json"),
         ("data.corpus_path", "/nowhere.jsonl", "the corpus /nowhere.jsonl does not exist"),

@@ -1,15 +1,14 @@
 """New weights into servers: every server verified before the next token counts, nothing left paused or lying about."""
 
 import asyncio
-import multiprocessing
-import os
-import signal
+import pathlib
+import subprocess
+import sys
+import time
 
 import pytest
 
-from orchestra_jax.generation.sglang.connection import Connection, Sessions
 from orchestra_jax.generation.sglang.weight_directory import whole_version, write_version
-from orchestra_jax.generation.sglang.weight_sync import send_weights
 from orchestra_jax.generation.sglang_engine import EngineUnavailable
 from tests.generation.sglang.servers import FaultProxy, ProtocolServer, generate, rollout, sampling
 
@@ -153,25 +152,28 @@ def test_a_trainer_that_is_cancelled_in_the_sync_lets_the_server_go_on(make_engi
         assert not server.is_paused
 
 
-def _sync_forever(url, root):
-    async def run():
-        path, _ = write_version(root, 2, lambda directory: bool((directory / "model.safetensors").write_bytes(b"w")))
-        await send_weights(Connection(url, Sessions()), [path], 2, 60.0)
+SYNC_FOREVER = """
+import asyncio, pathlib, sys
+from orchestra_jax.generation.sglang.weight_directory import write_version
 
-    asyncio.run(run())
+async def run(url, root):
+    path, _ = write_version(root, 2, lambda directory: bool((directory / "model.safetensors").write_bytes(b"w")))
+    await send_weights(Connection(url, Sessions()), [path], 2, 60.0)
+
+asyncio.run(run(sys.argv[1], pathlib.Path(sys.argv[2])))
+"""
 
 
 def test_a_trainer_killed_in_the_sync_leaves_the_server_usable(make_engine, server, tmp_path):
     """Its successor's first sync ends the pause and removes what was left behind."""
     with FaultProxy(server.url, lambda path, number: "hang" if "update_w" in path else "pass") as proxy:
-        trainer = multiprocessing.get_context("fork").Process(
-            target=_sync_forever, args=(proxy.url, tmp_path / "weights")
-        )
-        trainer.start()
+        command = [sys.executable, "-c", SYNC_FOREVER, proxy.url, str(tmp_path / "weights")]
+        trainer = subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[3])
         while not server.is_paused:
-            pass
-        os.kill(trainer.pid, signal.SIGKILL)
-        trainer.join()
+            assert trainer.poll() is None
+            time.sleep(0.01)
+        trainer.kill()
+        trainer.wait()
     assert server.is_paused
     (tmp_path / "weights" / ".writing-123").mkdir()
     engine = make_engine(server.url, version=3)
