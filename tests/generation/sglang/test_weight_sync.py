@@ -154,7 +154,9 @@ def test_a_trainer_that_is_cancelled_in_the_sync_lets_the_server_go_on(make_engi
 
 SYNC_FOREVER = """
 import asyncio, pathlib, sys
+from orchestra_jax.generation.sglang.connection import Connection, Sessions
 from orchestra_jax.generation.sglang.weight_directory import write_version
+from orchestra_jax.generation.sglang.weight_sync import send_weights
 
 async def run(url, root):
     path, _ = write_version(root, 2, lambda directory: bool((directory / "model.safetensors").write_bytes(b"w")))
