@@ -255,7 +255,8 @@ class SGLangEngine:
 
     def _needed_by(self, label: str) -> list[pathlib.Path]:
         """What a server with weights `label` is to load: what differs is enough for one that has had the whole."""
-        has_whole = label in {str(version_of(path)) for path in self._directories}
+        since_whole = range(version_of(self._directories[0]), self._version + 1)
+        has_whole = label.isdigit() and int(label) in since_whole
         return self._directories[-1:] if has_whole else self._directories
 
     async def abort(self, request_id: str) -> None:
@@ -305,9 +306,10 @@ class SGLangEngine:
 
     async def _send_to(self, server: _Server) -> str | None:
         """Why the server does not have the newest weights, or None."""
-        had_whole, server.version = server.version is not None, None
-        directories = self._directories[-1:] if had_whole else self._directories
+        server.version, directories = None, self._directories
         try:
+            if len(directories) > 1:
+                directories = self._needed_by(await server_version(server.connection))
             await send_weights(
                 server.connection, directories, self._version, self._config.sync_timeout_s, server.is_released
             )

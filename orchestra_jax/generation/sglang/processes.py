@@ -20,7 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 
-from orchestra_jax.generation.sglang.weight_directory import version_of, whole_version
+from orchestra_jax.generation.sglang.weight_directory import pin_whole_version, unpin
 from orchestra_jax.generation.sglang_engine import SGLangConfig
 
 SERVE_CPU = pathlib.Path(__file__).parents[2] / "assets" / "sglang_cpu" / "serve.sh"
@@ -91,6 +91,7 @@ class ServerProcess:
         self._root = pathlib.Path(config.weights_directory).absolute()
         self._log = pathlib.Path(serving.log_directory) / f"server_{_address(url)[1]}.log"
         self._process: subprocess.Popen | None = None
+        self._pinned: tuple[pathlib.Path, int] | None = None
         self.is_ready = False
         self._num_failures = self._num_missed = 0
         self._started_s = self._next_s = 0.0
@@ -108,6 +109,7 @@ class ServerProcess:
         elif self._answers():
             if not self.is_ready:
                 _logger.warning("%s is ready after %.0f s", self.url, now_s - self._started_s)
+                self._let_go()
             self.is_ready, self._num_failures, self._num_missed = True, 0, 0
             self._next_s = now_s + CHECK_EVERY_S
         elif self.is_ready:
@@ -128,20 +130,25 @@ class ServerProcess:
             pass
         self._process.wait()
         self._process, self.is_ready = None, False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the files that the server has started from: they would fill the memory that newer versions need."""
+        if self._pinned is not None:
+            unpin(self._pinned[0])
 
     def _start(self) -> None:
-        whole = whole_version(self._root)
-        directory, version = (whole, str(version_of(whole))) if whole else (self._root / "model", "")
-        command = server_command(self._python, self._config, self._serving, self.url, directory, version)
+        self._pinned = pin_whole_version(self._root, str(_address(self.url)[1]))
+        directory, version = (self._root / "model", "") if self._pinned is None else self._pinned
+        command = server_command(self._python, self._config, self._serving, self.url, directory, str(version))
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=self._environment()
             )
         self._started_s = time.monotonic()
-        _logger.warning(
-            "%s starts with %s as process %d; its log is %s", self.url, directory.name, self._process.pid, self._log
-        )
+        told = f"version {version}" if version != "" else "random weights"
+        _logger.warning("%s starts with %s as process %d; its log is %s", self.url, told, self._process.pid, self._log)
 
     def _environment(self) -> dict[str, str]:
         if self._serving.device == "cpu":

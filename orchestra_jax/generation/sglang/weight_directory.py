@@ -2,6 +2,7 @@
 
     v000012/         a version: model.safetensors and config.json; whole, or the tensors alone that differ from `whole`
     whole            a link to the newest whole version: what a server starts from
+    .start-*         the files of a whole version, linked, from which a server is starting
     .writing-*       a version that is being written, or was when its writer was killed
 
 A version appears whole or not at all: files are flushed to disk before the directory gets its name. One trainer writes.
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable
 
 WHOLE = "whole"
+NUM_PIN_ATTEMPTS = 100
 _WRITING = ".writing-"
 _OLD = ".old-"
 
@@ -74,6 +76,31 @@ def whole_version(root: pathlib.Path) -> pathlib.Path | None:
     """The directory that a server can start from, or None if nothing has been written yet."""
     link = root / WHOLE
     return link.resolve() if link.is_symlink() and link.exists() else None
+
+
+def pin_whole_version(root: pathlib.Path, name: str) -> tuple[pathlib.Path, int] | None:
+    """Links the files of the newest whole version into a directory of their own: (path, version), or None without one.
+
+    There they stay while newer versions come and that one goes: a server takes longer to start than a step may last.
+    """
+    pinned = root / f".start-{name}"
+    for _ in range(NUM_PIN_ATTEMPTS):
+        unpin(pinned)
+        whole = whole_version(root)
+        if whole is None:
+            return None
+        try:
+            pinned.mkdir()
+            for file in whole.iterdir():
+                os.link(file, pinned / file.name)
+            return pinned, version_of(whole)
+        except FileNotFoundError:  # a newer one has just taken its place
+            continue
+    return None
+
+
+def unpin(pinned: pathlib.Path) -> None:
+    shutil.rmtree(pinned, ignore_errors=True)
 
 
 def remove_others(root: pathlib.Path, kept: Iterable[pathlib.Path]) -> None:

@@ -129,7 +129,7 @@ def test_a_killed_and_a_hanging_server_start_again_with_the_newest_weights(tmp_p
         first = server._process.pid
         os.kill(first, signal.SIGKILL)
         wait_for(lambda: about(url).get("weight_version") == "12")
-        wait_for(lambda: server.is_ready)
+        wait_for(lambda: server.is_ready and not list(root.glob(".start-*")))
         second = server._process.pid
         (tmp_path / "hanging").touch()
         wait_for(lambda: server._process is None or server._process.pid != second)

@@ -8,7 +8,13 @@ import time
 
 import pytest
 
-from orchestra_jax.generation.sglang.weight_directory import whole_version, write_version
+from orchestra_jax.generation.sglang.weight_directory import (
+    pin_whole_version,
+    remove_others,
+    unpin,
+    whole_version,
+    write_version,
+)
 from orchestra_jax.generation.sglang_engine import EngineUnavailable
 from tests.generation.sglang.servers import FaultProxy, ProtocolServer, generate, rollout, sampling
 
@@ -40,11 +46,13 @@ def test_only_what_differs_travels_and_a_restarted_server_gets_both(make_engine,
         assert whole_version(tmp_path / "weights").name == "v000005"
         server.label, server.loaded = "5", []  # restarted from the whole version
         generate(engine, [1, 2])
-        assert (server.loaded, server.label) == [("v000007", b"delta 7")] or server.label == "7"
-        assert server.loaded == [("v000007", b"delta 7")]
+        assert server.loaded == [("v000007", b"delta 7")] and server.label == "7"
         server.label, server.loaded = "default", []
         generate(engine, [1, 2])
         assert server.loaded == [("v000005", b"first"), ("v000007", b"delta 7")]
+        server.label, server.loaded = "default", []  # and nobody has noticed
+        asyncio.run(engine.update_weights("delta 8", 8))
+        assert server.loaded == [("v000005", b"first"), ("v000008", b"delta 8")]
 
 
 def test_turns_under_way_keep_their_tokens_and_go_on_with_the_new_weights(make_engine):
@@ -196,6 +204,22 @@ def test_colocated_servers_lend_their_memory_between_rollouts_and_the_next_weigh
     ]  # fmt: skip
     asyncio.run(make_engine(server.url, version=3).release_memory())
     assert not server.is_released  # servers of their own keep theirs
+
+
+def test_a_server_that_starts_keeps_its_files_while_newer_versions_come(tmp_path):
+    def write(version, text):
+        return write_version(tmp_path, version, lambda path: bool((path / "model.safetensors").write_text(text)))[0]
+
+    assert pin_whole_version(tmp_path, "30000") is None
+    write(1, "a")
+    pinned, version = pin_whole_version(tmp_path, "30000")
+    newer = write(2, "b")
+    remove_others(tmp_path, [newer])
+    assert version == 1 and (pinned / "model.safetensors").read_text() == "a"
+    pinned, version = pin_whole_version(tmp_path, "30000")
+    assert version == 2 and (pinned / "model.safetensors").read_text() == "b"
+    unpin(pinned)
+    assert names(tmp_path) == ["v000002", "whole"] and (newer / "model.safetensors").read_text() == "b"
 
 
 def test_versions_appear_whole_and_replace_what_bore_their_name(tmp_path):
