@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "pydantic>=2.7",
     "openai>=2.8",
     "httpx2>=2.0",  # what openai speaks HTTP with; web search does too
+    "aiohttp>=3.10",  # what SGLang servers are asked with
     "tqdm>=4.66",
     "matplotlib>=3.9",
 ]
@@ -44,8 +45,6 @@ EXTRAS_REQUIRE = {
     "cuda": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    # The server's engine pins its own torch: install it in an environment of its own, never beside the trainer.
-    "sglang": ["sglang==0.5.23"],
 }
 
 setup(

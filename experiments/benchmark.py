@@ -17,6 +17,7 @@ SUITES = {
     "environments": "experiments.benchmarks.environments",
     "logprobs": "experiments.benchmarks.logprobs",
     "pipeline": "experiments.benchmarks.pipeline",
+    "sglang": "experiments.benchmarks.sglang",
     "tools": "experiments.benchmarks.tools",
     "train_step": "experiments.benchmarks.train_step",
 }

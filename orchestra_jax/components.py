@@ -6,6 +6,7 @@ engine is made of weights, whenever there are some (`build_engine`).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import math
@@ -33,13 +34,17 @@ from orchestra_jax.function_world import (
 )
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
+from orchestra_jax.generation.sglang.processes import CONTEXT_MARGIN
+from orchestra_jax.generation.sglang_engine import SGLangEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.filters import FILTERS, OVERLONG
 from orchestra_jax.grpo.loss import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, RATIOS, check_clips
 from orchestra_jax.models import attention, pretrained
 from orchestra_jax.models.config import MODELS, ModelConfig
+from orchestra_jax.models.huggingface_config import DTYPES
 from orchestra_jax.models.lora import check_lora
 from orchestra_jax.models.transformer import REMAT_POLICIES
+from orchestra_jax.models.weight_files import WeightWriter
 from orchestra_jax.optimizers import check_optimizer
 from orchestra_jax.rewards.normalization import RANGE_RULES
 from orchestra_jax.rewards.objectives import Objective
@@ -76,7 +81,14 @@ def _build_jax_engine(config: RunConfig, parts: Components, params, version: int
     return JaxEngine(parts.model_config, params, config.jax_engine, version, is_training=True)
 
 
-ENGINES = {"jax": _build_jax_engine}
+def _build_sglang_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
+    writer = WeightWriter(parts.model_config, config.sglang.dtype)
+    engine = SGLangEngine(config.sglang, parts.model_config.vocab_size, writer.write)
+    asyncio.run(engine.update_weights(params, version))
+    return engine
+
+
+ENGINES = {"jax": _build_jax_engine, "sglang": _build_sglang_engine}
 
 
 def build_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
@@ -118,6 +130,8 @@ def check_config(config: RunConfig) -> None:
         )
     if config.environment == "question_answering":  # the only one with an oracle
         check_pools(config.world)
+    if config.engine == "sglang":
+        _check_sglang(config)
     _check_mesh(config)
     for name, optimizer in (("warm_start", config.warm_start.optimizer), ("grpo", config.grpo.optimizer)):
         check_optimizer(optimizer, f"{name}.optimizer")
@@ -158,6 +172,18 @@ def build_chat_and_model(config: RunConfig) -> tuple[Chat, ModelConfig]:
     if config.lora.rank:
         chosen["lora_scale"] = config.lora.alpha / config.lora.rank
     return chat, dataclasses.replace(shape, vocab_size=vocab_size, **chosen)
+
+
+def _check_sglang(config: RunConfig) -> None:
+    needed, there = config.episode.max_tokens, config.sglang.context_length
+    longest = model_shape(config.model).max_position - CONTEXT_MARGIN
+    if not needed <= there <= longest:
+        raise ValueError(
+            f"sglang.context_length {there} must hold episode.max_tokens {needed} and be {longest} at most, what "
+            f"{config.model!r} has less {CONTEXT_MARGIN}"
+        )
+    if config.sglang.dtype not in DTYPES:
+        raise ValueError(f"sglang.dtype {config.sglang.dtype!r} is not one of {DTYPES}")
 
 
 def _check_mesh(config: RunConfig) -> None:
@@ -250,6 +276,7 @@ def _check_numbers(config: RunConfig) -> None:
         "grpo.min_group_std": (settings.min_group_std, 0),
         "grpo.std_floor": (settings.std_floor, 0),
         "grpo.multiplier_rate": (settings.multiplier_rate, 0),
+        "grpo.max_sampler_gap": (settings.max_sampler_gap, 0),
         "episode.num_corrections": (config.episode.num_corrections, 0),
     }
     for name, (value, limit) in lowest.items():

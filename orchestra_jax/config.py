@@ -11,6 +11,8 @@ import math
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.experts.world import WorldConfig
 from orchestra_jax.generation.jax_engine import JaxEngineConfig
+from orchestra_jax.generation.sglang.processes import ServingConfig
+from orchestra_jax.generation.sglang_engine import SGLangConfig
 from orchestra_jax.models.lora import LoraConfig
 from orchestra_jax.optimizers import OptimizerConfig
 from orchestra_jax.tools.faults import FaultsConfig
@@ -152,6 +154,7 @@ class GrpoConfig:
     overlong: str = "keep"  # "mask" or "soft"
     overlong_buffer_tokens: int = 32
     max_policy_lag: int = 4  # versions
+    max_sampler_gap: float = 0.05  # nats, mean over tokens of a step's first update; a larger one stops the run
     # The loss: grpo/loss.py.
     ratio: str = "token"
     correction: str = "token"
@@ -193,7 +196,7 @@ class RunConfig:
     # A key of models.config.MODELS, with fresh weights; or a Hugging Face directory or GGUF file, whose weights are
     # trained: prompt.tokenizer_directory is the tokenizer that belongs to them.
     model: str = "quickstart"
-    engine: str = "jax"
+    engine: str = "jax"  # or "sglang": servers that stand outside (experiments/serve_policy.py)
     environment: str = "question_answering"  # a key of components.WORLDS
     checkpoint_every: int = 50  # GRPO steps
     keep_checkpoints: int = 2
@@ -207,6 +210,8 @@ class RunConfig:
     faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
     jax_engine: JaxEngineConfig = dataclasses.field(default_factory=JaxEngineConfig)
+    sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)
+    serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)

@@ -63,6 +63,7 @@ METRICS = {
     "advantage/clipped_share": "share of advantages that the clip changed",
     # The sampler; natural logarithms.
     "sampler/logprob_mean": "mean log-probability of a sampled token, as sampled",
+    "sampler/gap_mean": "|log-probability of the trainer - of the sampler| with the same weights in both, nats",
     "sampler/tokens_per_s": "sampled tokens per second of rollout time",
     # grpo.loss, by its own names; means over tokens in the loss mask unless said otherwise.
     "loss/total": "the loss",

@@ -52,13 +52,27 @@ def rollout_metrics(
     }
 
 
+class SamplerGapError(RuntimeError):
+    """What samples is not what is trained."""
+
+
+def check_sampler_gap(mean_gap: float, most: float) -> None:
+    """SamplerGapError if the mean gap of a step's first update, where both have the same weights, is beyond `most`."""
+    if not mean_gap <= most:
+        raise SamplerGapError(
+            f"the log-probabilities of sampler and trainer differ by {mean_gap:.3g} nats on average, and "
+            f"grpo.max_sampler_gap is {most}: every ratio of the step is wrong by as much. Look whether the engine has "
+            "the trainer's weights, dtype and temperature; the last checkpoint is from before this step"
+        )
+
+
 def _losses(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over the optimizer steps of the training step; counts add up, the largest gap is the largest."""
     if not losses:
         return {}
     combine = {"num_tokens": np.sum, "num_rollouts": np.sum, "sampler_gap_max": np.max}
     names = {"loss": "loss/total", "gradient_norm": "optimizer/gradient_norm"}
-    return {
+    return {"sampler/gap_mean": float(losses[0]["sampler_gap_mean"])} | {
         names.get(name, f"loss/{name}"): float(combine.get(name, np.mean)([some[name] for some in losses]))
         for name in losses[0]
     }

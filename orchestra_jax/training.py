@@ -51,7 +51,7 @@ from orchestra_jax.policy import (
 from orchestra_jax.precision import cast_parameters, recipe_of
 from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
 from orchestra_jax.rewards.objectives import objective_vector
-from orchestra_jax.rollout_metrics import rollout_metrics
+from orchestra_jax.rollout_metrics import check_sampler_gap, rollout_metrics
 from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.settings import (
@@ -201,6 +201,7 @@ def improve(
                 functools.partial(score, config, parts, progress),
                 settings.max_resamples,
             )
+            asyncio.run(engine.release_memory())
             instances, groups, scored = collected.instances, collected.groups, collected.scored
             clock.append(time.monotonic() - collected.score_s)
             updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
@@ -284,6 +285,8 @@ def take_optimizer_steps(
                 gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
                 base_params=progress.reference_params if config.lora.rank else None,
             )  # fmt: skip
+        if not losses:
+            check_sampler_gap(some["sampler_gap_mean"], settings.max_sampler_gap)
         losses.append(some)
     return losses
 

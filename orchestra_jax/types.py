@@ -102,6 +102,7 @@ class StopReason(enum.StrEnum):
     STOP = "stop"  # one of the sampling's stop ids was sampled
     LENGTH = "length"  # the token budget ran out
     ABORTED = "aborted"  # cancelled, or past its deadline
+    FAILED = "failed"  # the engine's servers did not do it; says nothing about the policy
 
 
 class EpisodeStatus(enum.StrEnum):
@@ -109,7 +110,12 @@ class EpisodeStatus(enum.StrEnum):
     MALFORMED = "malformed"  # a turn that is no valid call; a negative for the policy, never dropped
     TURN_LIMIT = "turn_limit"
     TOKEN_LIMIT = "token_limit"
-    TOOL_FAILURE = "tool_failure"  # infrastructure: the trajectory leaves the group before any statistic
+    # Infrastructure: the trajectory leaves the group before any statistic.
+    TOOL_FAILURE = "tool_failure"
+    ENGINE_FAILURE = "engine_failure"
+
+
+INFRASTRUCTURE_FAILURES = (EpisodeStatus.TOOL_FAILURE, EpisodeStatus.ENGINE_FAILURE)
 
 
 @dataclasses.dataclass(frozen=True)

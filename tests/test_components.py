@@ -46,7 +46,7 @@ def test_the_parts_follow_the_config():
     ("path", "value", "told"),
     [
         ("model", "qwen", r"model 'qwen' is not one of \[.*'quickstart'"),
-        ("engine", "vllm", r"engine 'vllm' is not one of \['jax'\]"),
+        ("engine", "vllm", r"engine 'vllm' is not one of \['jax', 'sglang'\]"),
         ("prompt.rendering", "llama", r"rendering is 'llama'; choose one of .*'qwen3', 'compact'"),
         ("prompt.tokenizer_directory", "/nowhere", "no /nowhere/tokenizer.json"),
         ("data.corpus_path", "/nowhere.jsonl", "the corpus /nowhere.jsonl does not exist"),
@@ -114,6 +114,23 @@ def test_episodes_beyond_the_models_context_are_refused():
     config.episode.max_tokens = config.jax_engine.max_tokens = 5000
     with pytest.raises(ValueError, match="episode.max_tokens 5000 is beyond the 4096 of 'tiny'"):
         build_components(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("context_length", 100, "sglang.context_length 100 must hold episode.max_tokens 192 and be 4080 at most"),
+        ("context_length", 4096, "sglang.context_length 4096 must hold"),
+        ("dtype", "fp8", "sglang.dtype 'fp8' is not one of"),
+    ],
+)
+def test_servers_that_cannot_serve_the_run_are_refused(field, value, told):
+    config = small_config()
+    config.engine = "sglang"
+    module.check_config(config)
+    setattr(config.sglang, field, value)
+    with pytest.raises(ValueError, match=told):
+        module.check_config(config)
 
 
 def test_weights_take_the_place_of_the_preferences():

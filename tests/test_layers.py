@@ -98,11 +98,12 @@ JAX_FREE = (
     "data.synthesis",
     "generation.engine",
     "generation.sglang_engine",
+    "generation.sglang",
     "generation.scripted_engine",
 )
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
-HTTP_MODULES = ("generation.sglang_engine", "tools", "experts.endpoint", "experts.chat_completion")
+HTTP_MODULES = ("generation.sglang_engine", "generation.sglang", "tools", "experts.endpoint", "experts.chat_completion")
 HTTP_LIBRARIES = {
     "aiohttp",
     "anthropic",
@@ -132,11 +133,15 @@ def row_of(module):
 
 @functools.cache
 def package_modules():
-    """Source by module name without the package's; a package's own file is named with __init__."""
+    """Source by module name without the package's; a package's own file is named with __init__.
+
+    Assets are no modules: a server of another environment runs those.
+    """
     folder = ROOT / PACKAGE
     return {
         ".".join(path.relative_to(folder).with_suffix("").parts): path.read_text(encoding="utf-8")
         for path in sorted(folder.rglob("*.py"))
+        if "assets" not in path.relative_to(folder).parts
     }
 
 

@@ -9,7 +9,7 @@ from orchestra_jax.data.records import Budget, Instance, Preference, Task
 from orchestra_jax.grpo.scoring import ScoringSettings, score_groups
 from orchestra_jax.metrics import check_metric_names
 from orchestra_jax.rewards.objectives import Objective
-from orchestra_jax.rollout_metrics import rollout_metrics
+from orchestra_jax.rollout_metrics import SamplerGapError, check_sampler_gap, rollout_metrics
 from orchestra_jax.tools.ledger import ORCHESTRATOR, make_receipt
 from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Reason, ToolCall, Trajectory, TrajectoryGroup
 
@@ -17,8 +17,24 @@ OBJECTIVES = (Objective("outcome", "maximize", 0.0, 1.0), Objective("cost_usd", 
 SECONDS = (2.0, 0.5, 1.5)
 NUM_PROMPT_TOKENS = 2
 LOSSES = [
-    {"loss": 1.0, "policy_loss": 2.0, "sampler_gap_max": 0.5, "num_tokens": 10, "num_rollouts": 2, "gradient_norm": 1},
-    {"loss": 3.0, "policy_loss": 4.0, "sampler_gap_max": 0.1, "num_tokens": 30, "num_rollouts": 4, "gradient_norm": 2},
+    {
+        "loss": 1.0,
+        "policy_loss": 2.0,
+        "sampler_gap_mean": 0.2,
+        "sampler_gap_max": 0.5,
+        "num_tokens": 10,
+        "num_rollouts": 2,
+        "gradient_norm": 1,
+    },
+    {
+        "loss": 3.0,
+        "policy_loss": 4.0,
+        "sampler_gap_mean": 0.1,
+        "sampler_gap_max": 0.1,
+        "num_tokens": 30,
+        "num_rollouts": 4,
+        "gradient_norm": 2,
+    },
 ]
 
 
@@ -108,12 +124,14 @@ def test_losses_are_means_over_the_optimizer_steps_and_counts_add_up():
     expected = {
         "loss/total": 2.0,
         "loss/policy_loss": 3.0,
+        "sampler/gap_mean": 0.2,  # of the first update alone
+        "loss/sampler_gap_mean": 0.15,
         "loss/sampler_gap_max": 0.5,
         "loss/num_tokens": 40,
         "loss/num_rollouts": 6,
         "optimizer/gradient_norm": 1.5,
     }
-    assert {name: values[name] for name in expected} == expected
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
 
 
 def test_speed_counts_sampled_tokens_and_the_seconds_of_the_step():
@@ -159,3 +177,11 @@ def test_what_a_budget_did_by_hand():
     expected = {"violation_rate": 2 / 3, "refused_share": 1 / 3, "used_share": (0.5 + 1.2 + 2.0) / 3}
     assert {name: values[f"budget/{name}"] for name in expected} == pytest.approx(expected)
     assert not any(name.startswith("budget/") for name in metrics(GROUPS))  # no budget, no figure
+
+
+def test_a_gap_beyond_the_limit_stops_the_run_and_so_does_one_that_is_no_number():
+    check_sampler_gap(0.02, 0.02)
+    with pytest.raises(SamplerGapError, match="differ by 0.021 nats on average, and grpo.max_sampler_gap is 0.02"):
+        check_sampler_gap(0.021, 0.02)
+    with pytest.raises(SamplerGapError, match="differ by nan"):
+        check_sampler_gap(float("nan"), 0.02)

@@ -220,6 +220,8 @@ async def _run_turn(
     shown = [_shown(environment, config, result, rest) for result in results]
     if completion.stop_reason == StopReason.ABORTED:
         return EpisodeStatus.TOOL_FAILURE
+    if completion.stop_reason == StopReason.FAILED:
+        return EpisodeStatus.ENGINE_FAILURE
     if completion.stop_reason == StopReason.LENGTH:
         return EpisodeStatus.TOKEN_LIMIT
     if is_sound:

@@ -155,6 +155,9 @@ class JaxEngine:
 
         await asyncio.to_thread(update)
 
+    async def release_memory(self) -> None:
+        """Nothing: it shares the trainer's weights, and its caches are small."""
+
     async def close(self) -> None:
         """Cancels every `generate` that waits."""
         if self._worker is not None:

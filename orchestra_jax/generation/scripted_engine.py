@@ -55,5 +55,8 @@ class ScriptedEngine:
     async def update_weights(self, params: object, version: int) -> None:
         self._version = version
 
+    async def release_memory(self) -> None:
+        """It has none."""
+
     async def close(self) -> None:
         self._num_turns = {}

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestra_jax.grpo.advantages import is_homogeneous
-from orchestra_jax.types import EpisodeStatus, TrajectoryGroup
+from orchestra_jax.types import INFRASTRUCTURE_FAILURES, EpisodeStatus, TrajectoryGroup
 
 
 class FilterReason(enum.StrEnum):
@@ -79,7 +79,7 @@ def rollout_facts(groups: Sequence[TrajectoryGroup]) -> RolloutFacts:
     rollouts_PG = [group.trajectories for group in groups]
     status_PG = np.array([[each.status for each in rollouts] for rollouts in rollouts_PG])
     return RolloutFacts(
-        status_PG == EpisodeStatus.TOOL_FAILURE,
+        np.isin(status_PG, INFRASTRUCTURE_FAILURES),
         status_PG == EpisodeStatus.MALFORMED,
         np.isin(status_PG, UNANSWERED_STATUSES),
         status_PG == EpisodeStatus.TOKEN_LIMIT,

@@ -34,7 +34,7 @@ from orchestra_jax.grpo.filters import (
 from orchestra_jax.rewards.constraints import Budget
 from orchestra_jax.rewards.objectives import Objective, objective_vector
 from orchestra_jax.rewards.preference import Rewards, reward_components
-from orchestra_jax.types import EpisodeStatus, TrajectoryGroup
+from orchestra_jax.types import INFRASTRUCTURE_FAILURES, TrajectoryGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,7 @@ def check_group(group: TrajectoryGroup, objectives: Sequence[Objective]) -> None
 
 
 def _check_logprobs(name: str, trajectory) -> None:
-    if trajectory.status == EpisodeStatus.TOOL_FAILURE or np.isfinite(trajectory.logprobs.sum(dtype=np.float64)):
+    if trajectory.status in INFRASTRUCTURE_FAILURES or np.isfinite(trajectory.logprobs.sum(dtype=np.float64)):
         return  # the sum: one pass where all is well
     for position in np.flatnonzero(~np.isfinite(trajectory.logprobs) & trajectory.loss_mask):
         raise ValueError(

@@ -74,8 +74,8 @@ def load_pretrained(directory: str | pathlib.Path, mesh: Mesh | None = None) -> 
     directory = pathlib.Path(directory)
     config = read_config(directory)
     file_of = _find_tensors(directory, _expected_tensors(config))
-    axes = _flat(logical_axes(config))
-    shapes = _flat(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    axes = flat_leaves(logical_axes(config))
+    shapes = flat_leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
 
     def sharding(names: Sequence[str | None]) -> jax.sharding.Sharding:
         if mesh is None:
@@ -85,7 +85,7 @@ def load_pretrained(directory: str | pathlib.Path, mesh: Mesh | None = None) -> 
     for path, shape in shapes.items():
         _check_divides(path, shape.shape, sharding(tuple(axes[path])))
     leaves = {}
-    for path, (names, dims) in tqdm(_names_by_leaf(config).items(), desc="loading weights"):
+    for path, (names, dims) in tqdm(names_by_leaf(config).items(), desc="loading weights"):
         dtype, spec = shapes[path].dtype, tuple(axes[path]) + (None,) * (len(shapes[path].shape) - len(axes[path]))
         is_stacked = path.startswith("layers/")
         shape = shapes[path].shape[1:] if is_stacked else shapes[path].shape
@@ -138,7 +138,7 @@ def save_pretrained(
     if source_directory:
         fields = read_fields(source_directory)
         token_ids = {**token_ids} | {name: fields[name] for name in TOKEN_IDS if name in fields}
-    write_directory(model.config, _theirs(model.config, _flat(params)), directory, token_ids, max_shard_bytes)
+    write_directory(model.config, _theirs(model.config, flat_leaves(params)), directory, token_ids, max_shard_bytes)
     for name in COPIED_FILES if source_directory else ():
         if (pathlib.Path(source_directory) / name).is_file():
             shutil.copy(pathlib.Path(source_directory) / name, directory)
@@ -188,10 +188,10 @@ def write_directory(
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _names_by_leaf(config: ModelConfig) -> dict[str, tuple[list[str], int]]:
+def names_by_leaf(config: ModelConfig) -> dict[str, tuple[list[str], int]]:
     """Our path -> (their names, one a layer, and the number of input dims; 0 for a vector, -1 for the embedding)."""
     leaves = {}
-    for path in _flat(logical_axes(config)):
+    for path in flat_leaves(logical_axes(config)):
         if path in OUTER:
             leaves[path] = ([OUTER[path]], {"embedding": -1, "head": 1}.get(path, 0))
             continue
@@ -203,9 +203,9 @@ def _names_by_leaf(config: ModelConfig) -> dict[str, tuple[list[str], int]]:
 
 def _expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Their names with their shapes."""
-    shapes = _flat(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    shapes = flat_leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
     expected = {}
-    for path, (names, num_in) in _names_by_leaf(config).items():
+    for path, (names, num_in) in names_by_leaf(config).items():
         shape = shapes[path].shape[1:] if path.startswith("layers/") else shapes[path].shape
         if num_in > 0:
             shape = (math.prod(shape[num_in:]), math.prod(shape[:num_in]))
@@ -303,7 +303,7 @@ def _stored(file_of: Mapping[str, pathlib.Path], name: str) -> np.ndarray:
 
 def _theirs(config: ModelConfig, leaves: Mapping[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors one by one, layer after layer."""
-    names_by_leaf = _names_by_leaf(config)
+    leaf_names = names_by_leaf(config)
 
     def layout(array, num_in):
         array = np.asarray(jax.device_get(array))
@@ -312,16 +312,17 @@ def _theirs(config: ModelConfig, leaves: Mapping[str, jax.Array]) -> Iterator[tu
         return np.ascontiguousarray(array if num_in else array.reshape(-1))
 
     for path in ("embedding", "final_norm/scale", "head"):
-        if path in names_by_leaf:
-            (name,), num_in = names_by_leaf[path]
+        if path in leaf_names:
+            (name,), num_in = leaf_names[path]
             yield name, layout(leaves[path], num_in)
     for layer in range(config.num_layers):
-        for path, (names, num_in) in names_by_leaf.items():
+        for path, (names, num_in) in leaf_names.items():
             if path.startswith("layers/"):
                 yield names[layer], layout(leaves[path][layer], num_in)
 
 
-def _flat(tree) -> dict[str, object]:
+def flat_leaves(tree) -> dict[str, object]:
+    """The leaves by their paths, names joined by "/"."""
     paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     return {"/".join(str(part.key) for part in path): leaf for path, leaf in paths}
 

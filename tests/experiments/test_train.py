@@ -76,7 +76,7 @@ def test_a_finished_run_says_so_and_a_mistake_makes_no_directory(tmp_path):
     result = train(directory.path)
     assert (result.returncode, result.stdout) == (0, f"{directory.path} holds this run, finished\n")
     result = train(tmp_path / "new", "--config.engine=vllm")
-    assert result.returncode == 2 and "engine 'vllm' is not one of ['jax']" in result.stderr
+    assert result.returncode == 2 and "engine 'vllm' is not one of ['jax', 'sglang']" in result.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -108,3 +108,12 @@ def test_ctrl_c_saves_and_the_same_command_finishes(tmp_path):
     assert steps == list(range(25))
     assert "trained" in json.loads((workdir / "summary.json").read_text())["policies"]
     assert "score by preference" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_sampler_that_is_not_the_trainers_stops_the_run(tmp_path):
+    """Not even the embedded engine agrees to the last bit."""
+    result = train(tmp_path / "run", *OVERRIDES, "--config.grpo.max_sampler_gap=0.0")
+    assert result.returncode == 1 and "SamplerGapError" in result.stderr
+    assert "nats on average, and grpo.max_sampler_gap is 0.0" in result.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
