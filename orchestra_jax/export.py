@@ -20,10 +20,10 @@ from orchestra_jax.components import build_chat_and_model
 from orchestra_jax.config import MeshConfig, RunConfig
 from orchestra_jax.models.huggingface import COPIED_FILES, save_pretrained
 from orchestra_jax.models.transformer import Transformer
-from orchestra_jax.policy import on_mesh, whole_params
+from orchestra_jax.policy import on_mesh, saved_arrays, whole_params
 from orchestra_jax.precision import cast_floats
 from orchestra_jax.run_directory import config_from_dict, read_json
-from orchestra_jax.training import saved_arrays
+from orchestra_jax.training import grpo_optimizer
 
 POLICIES = ("trained", "warm_start")
 AS_TRAINED = "as_trained"
@@ -50,7 +50,7 @@ def export_policy(workdir: str, directory: str, policy: str, dtype: str) -> int:
         step = checkpointer.latest_step()
         if step is None:
             raise ValueError(f"{path} has no finished checkpoint yet: the first one is written behind the warm start")
-        arrays, _ = checkpointer.restore(step, saved_arrays(config, model_config))
+        arrays, _ = checkpointer.restore(step, saved_arrays(config, model_config, grpo_optimizer(config.grpo)))
     params = arrays["reference_params"]
     if policy == "trained":
         with on_mesh(config):

@@ -64,6 +64,19 @@ def new_state(config: RunConfig, model_config: ModelConfig, params, optimizer) -
         return state if mesh is None else place_state(state, model_config, mesh)
 
 
+def saved_arrays(config: RunConfig, model_config: ModelConfig, optimizer):
+    """Shapes, dtypes and places of what a checkpoint of GRPO holds."""
+
+    def initial():
+        params = init_params(model_config, jax.random.key(0))
+        trained = trained_params(config, params, config.grpo.optimizer, GRPO)
+        if not config.lora.rank:
+            params = cast_parameters(params, config.warm_start.optimizer.precision)
+        return {"state": init_state(trained, optimizer), "reference_params": params}
+
+    return abstract_arrays(config, model_config, jax.eval_shape(initial))
+
+
 def abstract_arrays(config: RunConfig, model_config: ModelConfig, shapes):
     """`shapes`, a tree that holds states or parameters, each array with its place on the devices of the run."""
     with on_mesh(config) as mesh:

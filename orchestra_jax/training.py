@@ -35,8 +35,6 @@ from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_bat
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
 from orchestra_jax.grpo.train_step import TrainState, init_state, train_step
 from orchestra_jax.metrics import MetricsWriter
-from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.transformer import init_params
 from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.policy import (
     GRPO,
@@ -44,11 +42,12 @@ from orchestra_jax.policy import (
     abstract_arrays,
     new_state,
     on_mesh,
+    saved_arrays,
     start_params,
     trained_params,
     whole_params,
 )
-from orchestra_jax.precision import cast_parameters, recipe_of
+from orchestra_jax.precision import recipe_of
 from orchestra_jax.rewards.constraints import initial_multipliers, updated_multipliers
 from orchestra_jax.rewards.objectives import objective_vector
 from orchestra_jax.rollout_metrics import check_sampler_gap, rollout_metrics
@@ -359,23 +358,10 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
     if step is None:
         return None
 
-    arrays, host = checkpointer.restore(step, saved_arrays(config, parts.model_config))
+    arrays, host = checkpointer.restore(step, saved_arrays(config, parts.model_config, grpo_optimizer(config.grpo)))
     batches.set_state(host["data_iterator"])
     parts.account.set_state(host["account"])
     return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
-
-
-def saved_arrays(config: RunConfig, model_config: ModelConfig):
-    """Shapes, dtypes and places of what a checkpoint holds."""
-
-    def initial():
-        params = init_params(model_config, jax.random.key(0))
-        trained = trained_params(config, params, config.grpo.optimizer, GRPO)
-        if not config.lora.rank:
-            params = cast_parameters(params, config.warm_start.optimizer.precision)
-        return {"state": init_state(trained, grpo_optimizer(config.grpo)), "reference_params": params}
-
-    return abstract_arrays(config, model_config, jax.eval_shape(initial))
 
 
 class Interrupt:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import transformers
 
-from orchestra_jax import chat, training
+from orchestra_jax import chat, policy, training
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.config import RunConfig
 from orchestra_jax.export import export_policy
@@ -68,7 +68,7 @@ def unevaluated(monkeypatch):
         given[:] = [jax.device_get(params), jax.device_get(reference_params)]
         return {"policies": "a stand-in"}
 
-    monkeypatch.setattr(training, "evaluate_run", evaluate)
+    monkeypatch.setitem(training.EVALUATIONS, "question_answering", evaluate)
     return given
 
 
@@ -126,7 +126,7 @@ def test_low_rank_factors_are_trained_on_a_frozen_base_and_resume(checkpoint, un
         assert all(moved["layers"][part][name] for name, (part, _) in lora.PROJECTIONS.items())
         assert sum(jax.tree.leaves(moved)) == len(lora.PROJECTIONS)  # embedding and norms stay
 
-    state = training.saved_arrays(config, SHAPE)["state"]
+    state = policy.saved_arrays(config, SHAPE, training.grpo_optimizer(config.grpo))["state"]
     num_factors = sum(x.size for x in jax.tree.leaves(state.params))
     moments = [x for x in jax.tree.leaves(state.optimizer_state) if x.ndim > 1]
     assert sum(x.size for x in moments) == 2 * num_factors < sum(x.size for x in jax.tree.leaves(params)) / 2
@@ -140,9 +140,9 @@ def test_low_rank_factors_are_trained_on_a_frozen_base_and_resume(checkpoint, un
     training.run(config, str(tmp_path / "run"))
     assert metrics_of(tmp_path / "run") == lines
     jax.tree.map(np.testing.assert_array_equal, unevaluated[0], trained)
-    for policy, expected in (("trained", trained), ("warm_start", reference)):
-        export_policy(str(tmp_path / "run"), str(tmp_path / policy), policy, "as_trained")
-        exported = huggingface.load_pretrained(tmp_path / policy)[1]
+    for name, expected in (("trained", trained), ("warm_start", reference)):
+        export_policy(str(tmp_path / "run"), str(tmp_path / name), name, "as_trained")
+        exported = huggingface.load_pretrained(tmp_path / name)[1]
         jax.tree.map(np.testing.assert_array_equal, exported, expected)
     export_policy(str(tmp_path / "run"), str(tmp_path / "half"), "trained", "bfloat16")
     half = huggingface.load_pretrained(tmp_path / "half")[1]
