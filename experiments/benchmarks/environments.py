@@ -18,6 +18,7 @@ import subprocess
 import time
 import types
 
+from orchestra_jax.environments.functions.database import Database
 from orchestra_jax.environments.functions.domain import Domain
 from orchestra_jax.environments.functions.domains.courier import make_courier
 from orchestra_jax.environments.functions.domains.courier_tasks import generate_courier_tasks
@@ -28,6 +29,7 @@ from orchestra_jax.environments.functions.function import FunctionRefused, run_f
 from orchestra_jax.environments.functions.success import judge, run_gold
 from orchestra_jax.environments.functions.task import FunctionTask
 
+NUM_PASSES = 5
 SHIPPED = {"library": (make_library, generate_library_tasks), "courier": (make_courier, generate_courier_tasks)}
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,7 +47,30 @@ def run(num_tasks: int = 300, server_python: str = "") -> dict[str, float]:
 
 
 def measure_domain(domain: Domain, tasks: list[FunctionTask]) -> dict[str, float]:
+    """The fastest of NUM_PASSES over all tasks: what a first pass pays for cold caches is no part of a step."""
     golds = [run_gold(domain, task) for task in tasks]
+    step_s, plain_s, num_steps, databases = min(
+        (play_gold(domain, tasks) for _ in range(NUM_PASSES)), key=lambda played: played[0] - played[1]
+    )
+    start_s = time.process_time()
+    outcomes = [judge(*each, task.communicate_info) for *each, task in zip(golds, tasks, databases, tasks)]
+    judge_s = time.process_time() - start_s
+    assert all(each.outcome == 1.0 for each in outcomes), "a golden run is not judged right"
+    start_s = time.process_time()
+    for _ in range(10_000):
+        domain.open_database()
+    open_s = time.process_time() - start_s
+    return {
+        "open_us": open_s / 10_000 * 1e6,
+        "step_us": step_s / num_steps * 1e6,
+        "step_overhead_us": (step_s - plain_s) / num_steps * 1e6,
+        "judge_us": judge_s / len(tasks) * 1e6,
+        "num_steps": num_steps,
+    }
+
+
+def play_gold(domain: Domain, tasks: list[FunctionTask]) -> tuple[float, float, int, list[Database]]:
+    """CPU seconds of all golden calls through databases of episodes, those on plain entries, how many, the databases."""
     step_s = plain_s = 0.0
     num_steps, databases = 0, []
     for task in tasks:
@@ -62,21 +87,7 @@ def measure_domain(domain: Domain, tasks: list[FunctionTask]) -> dict[str, float
                 continue
             step_s, plain_s = step_s + middle_s - start_s, plain_s + time.process_time() - middle_s
             num_steps += 1
-    start_s = time.process_time()
-    outcomes = [judge(*each, task.communicate_info) for *each, task in zip(golds, tasks, databases, tasks)]
-    judge_s = time.process_time() - start_s
-    assert all(each.outcome == 1.0 for each in outcomes), "a golden run is not judged right"
-    start_s = time.process_time()
-    for _ in range(10_000):
-        domain.open_database()
-    open_s = time.process_time() - start_s
-    return {
-        "open_us": open_s / 10_000 * 1e6,
-        "step_us": step_s / num_steps * 1e6,
-        "step_overhead_us": (step_s - plain_s) / num_steps * 1e6,
-        "judge_us": judge_s / len(tasks) * 1e6,
-        "num_steps": num_steps,
-    }
+    return step_s, plain_s, num_steps, databases
 
 
 def measure_tau2(server_python: str) -> dict[str, float]:
