@@ -60,7 +60,7 @@ def test_what_the_policy_reads_and_writes_is_short(parts):
     config = get_config()
     _, trajectories = play(parts, gold_turn)
     most_prompt = max(each.num_prompt_tokens for each in trajectories)
-    assert most_prompt - 1 <= max(config.grpo.prompt_buckets)
+    assert most_prompt - 1 <= max(config.grpo.prefix_buckets)
     assert max(len(each.tokens) for each in trajectories) < config.episode.max_tokens
     assert np.mean([each.num_completion_tokens for each in trajectories]) <= max(config.grpo.completion_buckets)
 
