@@ -128,7 +128,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"episode.max_tokens {config.episode.max_tokens} is beyond the {longest} of {config.model!r}: lower it"
         )
-    if config.environment == "question_answering":  # the only one with an oracle
+    if config.environment == "question_answering":  # the one whose optimum is computed
         check_pools(config.world)
     if config.engine == "sglang":
         _check_sglang(config)

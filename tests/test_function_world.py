@@ -60,7 +60,7 @@ def test_what_the_policy_reads_and_writes_is_short(parts):
     config = get_config()
     _, trajectories = play(parts, gold_turn)
     most_prompt = max(each.num_prompt_tokens for each in trajectories)
-    assert most_prompt - 1 <= max(config.grpo.prompt_buckets)
+    assert most_prompt - 1 <= max(config.grpo.prefix_buckets)
     assert max(len(each.tokens) for each in trajectories) < config.episode.max_tokens
     assert np.mean([each.num_completion_tokens for each in trajectories]) <= max(config.grpo.completion_buckets)
 
@@ -96,7 +96,7 @@ def test_the_committed_tokenizer_is_what_the_script_makes():
         ("num_databases", 0, "functions.num_databases 0 must lie in 1 to 999"),
         ("difficulties", (0, 1), r"functions.difficulties \(0, 1\) must be 1 or more each"),
         ("num_spare_calls", -1, "functions.num_spare_calls -1 0 or more"),
-        ("num_tasks", 100_000, "enlarge its database"),
+        ("num_tasks", 4_000, "enlarge its database"),
     ],
 )
 def test_a_mistake_is_named(field, value, told):
@@ -104,6 +104,7 @@ def test_a_mistake_is_named(field, value, told):
     setattr(config.functions, field, value)
     if field == "num_tasks":
         config.functions.difficulties, config.functions.num_databases = (1,), 1
+        config.functions.num_people, config.functions.num_things = 4, 8
     with pytest.raises(ValueError, match=told):
         build_components(config)
     config.environment = "chess"

@@ -6,7 +6,7 @@
 Always: the two shipped domains, golden calls of their tasks. With an interpreter that has inspect-evals also tau2's
 airline and retail, beside the package's own evaluator on the same tasks: it loads the database twice, plays, and hashes
 both. A step's overhead is the time of a call through the episode's database less that of the same function on plain,
-unshared entries, over the calls that give the same result both ways.
+unshared entries; of tau2's calls those that give the same result both ways.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import subprocess
 import time
 import types
 
+from orchestra_jax.environments.functions.database import Database
 from orchestra_jax.environments.functions.domain import Domain
 from orchestra_jax.environments.functions.domains.courier import make_courier
 from orchestra_jax.environments.functions.domains.courier_tasks import generate_courier_tasks
 from orchestra_jax.environments.functions.domains.library import make_library
 from orchestra_jax.environments.functions.domains.library_tasks import generate_library_tasks
 from orchestra_jax.environments.functions.frozen import thaw
-from orchestra_jax.environments.functions.function import FunctionRefused, run_function
+from orchestra_jax.environments.functions.function import run_function
 from orchestra_jax.environments.functions.success import judge, run_gold
 from orchestra_jax.environments.functions.task import FunctionTask
 
+NUM_PASSES = 5
 SHIPPED = {"library": (make_library, generate_library_tasks), "courier": (make_courier, generate_courier_tasks)}
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,23 +47,11 @@ def run(num_tasks: int = 300, server_python: str = "") -> dict[str, float]:
 
 
 def measure_domain(domain: Domain, tasks: list[FunctionTask]) -> dict[str, float]:
+    """The fastest of NUM_PASSES over all tasks: what a first pass pays for cold caches is no part of a step."""
     golds = [run_gold(domain, task) for task in tasks]
-    step_s = plain_s = 0.0
-    num_steps, databases = 0, []
-    for task in tasks:
-        database, plain = domain.open_database(), types.SimpleNamespace(**thaw(dict(domain.base.fields)))
-        databases.append(database)
-        for call in task.gold_calls:
-            function = domain.functions_by_name[call.name]
-            start_s = time.process_time()
-            run_function(domain.functions_by_name, database, call.name, call.arguments)
-            middle_s = time.process_time()
-            try:
-                function.call(plain, call.arguments)
-            except FunctionRefused:
-                continue
-            step_s, plain_s = step_s + middle_s - start_s, plain_s + time.process_time() - middle_s
-            num_steps += 1
+    step_s, plain_s, num_steps, databases = min(
+        (play_gold(domain, tasks) for _ in range(NUM_PASSES)), key=lambda played: played[0] - played[1]
+    )
     start_s = time.process_time()
     outcomes = [judge(*each, task.communicate_info) for *each, task in zip(golds, tasks, databases, tasks)]
     judge_s = time.process_time() - start_s
@@ -77,6 +67,25 @@ def measure_domain(domain: Domain, tasks: list[FunctionTask]) -> dict[str, float
         "judge_us": judge_s / len(tasks) * 1e6,
         "num_steps": num_steps,
     }
+
+
+def play_gold(domain: Domain, tasks: list[FunctionTask]) -> tuple[float, float, int, list[Database]]:
+    """CPU seconds of all golden calls through databases of episodes and on plain entries, how many, the databases.
+
+    The entries are made before the clock starts: what they leave to the garbage collector is no part of a step.
+    """
+    functions, databases = domain.functions_by_name, [domain.open_database() for _ in tasks]
+    plain = [types.SimpleNamespace(**thaw(dict(domain.base.fields))) for _ in tasks]
+    start_s = time.process_time()
+    for task, database in zip(tasks, databases):
+        for call in task.gold_calls:
+            run_function(functions, database, call.name, call.arguments)
+    middle_s = time.process_time()
+    for task, entries in zip(tasks, plain):
+        for call in task.gold_calls:
+            functions[call.name].call(entries, call.arguments)
+    end_s = time.process_time()
+    return middle_s - start_s, end_s - middle_s, sum(len(task.gold_calls) for task in tasks), databases
 
 
 def measure_tau2(server_python: str) -> dict[str, float]:

@@ -92,6 +92,7 @@ class Budget:
 class Instance:
     """Task + preference + experts on offer with prices and latencies + budget: what the G rollouts of a group share.
 
+    `task` may be any record with a task_id that the environment knows (environments.functions.task.FunctionTask).
     `seed` decides, with the expert and the rollout index, every draw of the simulated experts.
     """
 

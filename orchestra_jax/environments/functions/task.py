@@ -40,3 +40,14 @@ class FunctionTask(_Record):
     gold_calls: tuple[GoldCall, ...]
     communicate_info: tuple[str, ...] = ()
     difficulty: int = 1
+
+    @property
+    def question(self) -> str:
+        """What is asked, for reports that show tasks of any kind."""
+        return self.scenario.reason_for_call
+
+    @property
+    def answer(self) -> str:
+        """What it takes, for the same reports."""
+        calls = [f"{call.name}({', '.join(map(str, call.arguments.values()))})" for call in self.gold_calls]
+        return "; ".join([*calls, *self.communicate_info])

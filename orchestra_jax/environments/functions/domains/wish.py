@@ -17,7 +17,7 @@ from orchestra_jax.environments.functions.domain import Domain
 from orchestra_jax.environments.functions.success import is_told, run_gold
 from orchestra_jax.environments.functions.task import FunctionTask, GoldCall, UserScenario
 
-MAX_ATTEMPTS = 200
+MAX_ATTEMPTS = 1_000  # in a row that give no new task: then there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +83,16 @@ def generate_tasks(
     """
     rng = np.random.default_rng(seed)
     tasks: dict[tuple, FunctionTask] = {}
-    for _ in range(MAX_ATTEMPTS * num_tasks):
-        if len(tasks) == num_tasks:
-            break
+    num_attempts = 0
+    while len(tasks) < num_tasks and num_attempts < MAX_ATTEMPTS:
+        num_before = len(tasks)
         difficulty = difficulties[len(tasks) % len(difficulties)]
         task_id = f"{prefix or domain.name}/{seed}/{len(tasks)}"
         task = _compose(domain, makers, difficulty, rng, task_id, is_short)
         if task is not None:
             # The same calls in another order are the same task.
             tasks.setdefault(tuple(sorted(call.model_dump_json() for call in task.gold_calls)), task)
+        num_attempts = num_attempts + 1 if len(tasks) == num_before else 0
     if len(tasks) < num_tasks:
         raise ValueError(
             f"domain {domain.name!r} gives {len(tasks)} different tasks of difficulties {tuple(difficulties)}, "
