@@ -15,7 +15,7 @@ import threading
 
 from absl import app, flags
 
-_DIRECTORY = flags.DEFINE_string("model_directory", None, "config.json, tokenizer.json, *.safetensors.", required=True)
+_DIRECTORY = flags.DEFINE_string("model_directory", None, "config.json, tokenizer.json, *.safetensors.")
 _PORT = flags.DEFINE_integer("port", 8191, "Of the loopback interface; 0: any that is free.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Where a text is cut.")
 
@@ -81,4 +81,5 @@ def make_server(encode, port: int) -> http.server.ThreadingHTTPServer:
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("model_directory")
     app.run(main)

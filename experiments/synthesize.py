@@ -14,13 +14,13 @@ import sys
 
 from absl import app, flags
 
-_NAME = flags.DEFINE_string("name", None, "The domain's name, an identifier.", required=True)
-_DESCRIPTION = flags.DEFINE_string("description", None, "A text file that describes the domain.", required=True)
-_ENDPOINTS = flags.DEFINE_string("endpoints", None, "Endpoints by model, JSON.", required=True)
-_WRITER = flags.DEFINE_string("writer", None, "The model that writes.", required=True)
+_NAME = flags.DEFINE_string("name", None, "The domain's name, an identifier.")
+_DESCRIPTION = flags.DEFINE_string("description", None, "A text file that describes the domain.")
+_ENDPOINTS = flags.DEFINE_string("endpoints", None, "Endpoints by model, JSON.")
+_WRITER = flags.DEFINE_string("writer", None, "The model that writes.")
 _CHECKER = flags.DEFINE_string("checker", None, "The model that reviews entries; the writer if not given.")
 _SOLVER = flags.DEFINE_string("solver", None, "The model that tries the tasks; the writer if not given.")
-_DIRECTORY = flags.DEFINE_string("output_directory", None, "Where everything goes.", required=True)
+_DIRECTORY = flags.DEFINE_string("output_directory", None, "Where everything goes.")
 _CAP = flags.DEFINE_float("spend_cap_usd", 0.0, "Real money that this run may spend.")
 _OPTIONS = flags.DEFINE_multi_string("setting", [], "name=number for a field of SynthesisConfig.")
 
@@ -68,4 +68,5 @@ def _models_in(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["name", "description", "endpoints", "writer", "output_directory"])
     app.run(main)

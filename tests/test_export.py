@@ -114,6 +114,7 @@ def test_a_run_starts_from_a_checkpoint_and_its_export_is_one_again(checkpoint, 
     jax.tree.map(np.testing.assert_array_equal, unevaluated[1], trained)
 
 
+@pytest.mark.slow
 def test_low_rank_factors_are_trained_on_a_frozen_base_and_resume(checkpoint, unevaluated, tmp_path):
     path, params = checkpoint
     config = run_config(path)

@@ -54,6 +54,7 @@ def test_the_loss_is_the_mean_over_masked_in_tokens_and_falls():
     assert (trained_BC[0, 2:4] < -2).all()  # given tokens were not learned
 
 
+@pytest.mark.slow
 def test_padding_rows_do_nothing():
     params, losses = train(make_batch(2), 3)
     padded, padded_losses = train(make_batch(3), 3)

@@ -105,7 +105,7 @@ def warm(finished, tmp_path):
 @pytest.fixture
 def unevaluated(monkeypatch):
     """Evaluation is a stand-in: another test's matter."""
-    monkeypatch.setattr(training, "evaluate_run", lambda *_: {"policies": "a stand-in"})
+    monkeypatch.setitem(training.EVALUATIONS, "question_answering", lambda *_: {"policies": "a stand-in"})
 
 
 def read_metrics(path):
@@ -170,6 +170,7 @@ def test_a_run_interrupted_after_a_step_ends_as_an_undisturbed_one(finished, tmp
     assert again["wall_s"] > 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_its_warm_start_ends_as_an_undisturbed_one(finished, unevaluated, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, step=0, stage="warm start")

@@ -40,6 +40,7 @@ def test_the_advantage_by_hand():
     assert is_kept_P.tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_three_steps_run_and_repeat_themselves():
     first, second = (module.train(num_steps=3, seed=1) for _ in range(2))
     assert first == second and len(first) == 3

@@ -33,6 +33,7 @@ def run(files, **changes):
         synthesize.main(None)
 
 
+@pytest.mark.slow
 def test_one_model_in_all_three_parts(files, capsys):
     run(files)
     told = capsys.readouterr().out

@@ -47,6 +47,7 @@ def test_too_few_tasks_and_a_silent_writer_are_named(endpoint):
         asyncio.run(describe(OFFER, experts, tasks, EndpointExpert(endpoint.url, "m"), 0, 3))
 
 
+@pytest.mark.slow
 def test_the_command_line_describes_every_expert(endpoint, completion, tmp_path):
     endpoint.respond = lambda body: completion("<answer>Strong at sums.</answer>")
     path, output = tmp_path / "endpoints.json", tmp_path / "descriptions.json"

@@ -136,9 +136,12 @@ def make_related_groups():
     return groups
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_what_rollouts_share_runs_once_and_changes_nothing(ratio):
-    """Loss, gradient and metrics are those of completions that each run on their own, KL and entropy terms included."""
+@pytest.mark.parametrize(
+    ("ratio", "num_updates", "kl_coefficient"),
+    [("token", 1, 0.0), pytest.param("sequence", 2, 0.3, marks=pytest.mark.slow)],
+)
+def test_what_rollouts_share_runs_once_and_changes_nothing(ratio, num_updates, kl_coefficient):
+    """Loss, gradient and metrics are those of completions that each run on their own."""
     groups, results = make_related_groups(), []
     valid_PG = VALID_PG.copy()
     valid_PG[0, 1] = False
@@ -146,7 +149,8 @@ def test_what_rollouts_share_runs_once_and_changes_nothing(ratio):
     for num_shared in (0, 6):
         shape = BatchShape(2, GROUP_SIZE, prefix_buckets=(12,), completion_buckets=(10,), num_shared=num_shared)
         batches = make_micro_batches(groups, ADVANTAGES_PG, valid_PG, shape)
-        results.append(update(batches, reference=fixed_params(1), kl_coefficient=0.3, num_updates=2, settings=settings))
+        reference = fixed_params(1) if kl_coefficient else None
+        results.append(update(batches, DESCENT, reference, kl_coefficient, num_updates, settings))
     assert max(batch.prefix_lengths_P.max() for batch in batches) == 9  # prompt and shared tokens, as asked for
     (plain, plain_metrics), (shared, metrics) = results
     assert_trees_close(shared, plain, atol=2e-6)
@@ -156,7 +160,7 @@ def test_what_rollouts_share_runs_once_and_changes_nothing(ratio):
 @pytest.mark.parametrize(
     ("settings", "groups_per_batch"),
     [
-        (SETTINGS, 2),
+        pytest.param(SETTINGS, 2, marks=pytest.mark.slow),
         (dataclasses.replace(SETTINGS, aggregation="token_mean", entropy_coefficient=0.01), 3),  # padded with rows
     ],
 )
@@ -206,6 +210,7 @@ def test_advantages_move_the_logprobs_of_their_rollouts():
     assert change_B[2 * GROUP_SIZE] > 0.01 and change_B[2 * GROUP_SIZE + 1] < -0.01
 
 
+@pytest.mark.slow
 def test_old_logprobs_are_computed_once_and_only_for_further_updates(monkeypatch):
     calls = []
 

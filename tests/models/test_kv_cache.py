@@ -123,6 +123,7 @@ def test_a_decode_step_updates_the_cache_in_place_in_a_tenth_of_its_memory():
     assert memory.temp_size_in_bytes < cache_bytes / 10
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_gives_the_logprobs_and_gradients_of_full_sequences(params):
     generator = np.random.default_rng(1)
     model = transformer.Transformer(dataclasses.replace(TINY, remat="full"))

@@ -90,6 +90,7 @@ def check_files(directory, samples):
             assert judge(gold, task, domain.open_database(), ()).outcome == 0.0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_where_it_stopped(bakery, make_expert, tmp_path):
     whole, answered = bakery.bakery, []
 
