@@ -20,7 +20,7 @@ def get_config() -> RunConfig:
     config.episode.max_tokens = config.jax_engine.max_tokens = 1408
     config.jax_engine.slot_buckets = ()
     config.jax_engine.chunk_buckets = (32, 128, 704)
-    config.grpo.prompt_buckets = (384, 704)
+    config.grpo.prefix_buckets = (384, 704)
     config.grpo.completion_buckets = (256,)
     config.grpo.tokens_per_row = 1408
     return config

@@ -115,7 +115,7 @@ def test_training_instances_come_from_the_training_pool_and_fit_the_configs_size
     for instance in batch:
         prompt = chat_format.encode_prompt(built.chat, *built.environment.prompt(instance))
         turn = chat_format.encode_turn(built.chat, restate(instance), [call])
-        assert len(prompt) <= config.grpo.prompt_buckets[-1] and len(turn) <= config.episode.max_turn_tokens
+        assert len(prompt) <= config.grpo.prefix_buckets[-1] and len(turn) <= config.episode.max_turn_tokens
         assert len(prompt) + len(turn) + 50 <= config.episode.max_tokens
 
 
