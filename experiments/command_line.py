@@ -61,7 +61,8 @@ def load_config(path: str) -> typing.Any:
     """What `get_config()` of the Python file `path` returns: a dataclass instance.
 
     Raises:
-      CommandLineError: the file is missing, raises, or has no `get_config()` that returns a dataclass.
+      CommandLineError: the file is missing, raises, has no `get_config()` that returns a dataclass, or sets a field that
+        there is not.
     """
     file = pathlib.Path(path).absolute()  # as tracebacks name it
     if not file.is_file() or file.suffix != ".py":
@@ -82,7 +83,20 @@ def load_config(path: str) -> typing.Any:
         raise CommandLineError(f"--config={path} failed at line {_line_in(file, error)}: {told}") from error
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise CommandLineError(f"get_config() of --config={path} returned {config!r}: return a dataclass instance")
+    if unknown := _unknown_fields(config):
+        raise CommandLineError(f"--config={path} sets {unknown[0]}, which is no field of the config: see its dataclass")
     return config
+
+
+def _unknown_fields(config, path: str = "config") -> list[str]:
+    """Attributes that a config file has set and no dataclass declares: a misspelt field would change nothing."""
+    declared = {field.name for field in dataclasses.fields(config)}
+    unknown = [f"{path}.{name}" for name in vars(config) if name not in declared]
+    for name in declared:
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+            unknown += _unknown_fields(value, f"{path}.{name}")
+    return unknown
 
 
 def _parse_flags(argv):

@@ -174,6 +174,11 @@ def test_ctrl_c_tells_how_to_go_on(call):
         ("import sys\nsys.exit(0)\n", "failed at line 2: SystemExit: 0"),
         ("config = 1\n", "has no function get_config()"),
         ("def get_config():\n    return {'a': 1}\n", "returned {'a': 1}: return a dataclass instance"),
+        (
+            "from orchestra_jax.config import RunConfig\n"
+            "def get_config():\n    config = RunConfig()\n    config.grpo.num_step = 1\n    return config\n",
+            "sets config.grpo.num_step, which is no field of the config",
+        ),
     ],
 )
 def test_a_malformed_config_file_is_named_with_its_line(tmp_path, text, told):
