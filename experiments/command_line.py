@@ -61,8 +61,8 @@ def load_config(path: str) -> typing.Any:
     """What `get_config()` of the Python file `path` returns: a dataclass instance.
 
     Raises:
-      CommandLineError: the file is missing, raises, has no `get_config()` that returns a dataclass, or sets a field that
-        there is not.
+      CommandLineError: the file is missing, raises, has no `get_config()` that returns a dataclass, or sets a field
+        that there is not.
     """
     file = pathlib.Path(path).absolute()  # as tracebacks name it
     if not file.is_file() or file.suffix != ".py":
