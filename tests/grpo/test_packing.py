@@ -165,6 +165,7 @@ def first_update(advantages_PG):
     return jax.device_get(gradients), metrics
 
 
+@pytest.mark.slow
 def test_the_first_update_has_a_ratio_of_one_and_clips_nothing():
     gradients, metrics = first_update(ADVANTAGES_PG)
     assert (metrics["ratio_mean"], metrics["clip_share"], metrics["dual_clip_share"]) == (1.0, 0.0, 0.0)

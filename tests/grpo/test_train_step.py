@@ -157,10 +157,11 @@ def test_what_rollouts_share_runs_once_and_changes_nothing(ratio, num_updates, k
     assert metrics == pytest.approx(plain_metrics, abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "groups_per_batch"),
     [
-        pytest.param(SETTINGS, 2, marks=pytest.mark.slow),
+        (SETTINGS, 2),
         (dataclasses.replace(SETTINGS, aggregation="token_mean", entropy_coefficient=0.01), 3),  # padded with rows
     ],
 )
@@ -234,6 +235,7 @@ def test_old_logprobs_are_computed_once_and_only_for_further_updates(monkeypatch
     assert metrics["ratio_mean"] != pytest.approx(1, abs=1e-5)  # a longer step leaves it, and is measured against it
 
 
+@pytest.mark.slow
 def test_the_first_of_two_passes_has_a_ratio_of_exactly_one(monkeypatch):
     """What is old is current there by construction, not by two programs that happen to agree."""
     seen, add_gradients = [], module.add_gradients

@@ -116,6 +116,7 @@ def test_rope_theta_changes_the_output_and_only_relative_positions_count(params)
     np.testing.assert_allclose(hidden_BTD, shifted_BTD, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_value_and_no_gradient(params):
     tokens_BT = random_tokens(2, 5)
 
