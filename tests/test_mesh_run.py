@@ -62,6 +62,7 @@ print("resumed as it was")
 def test_the_smoke_run_on_two_devices_resumes_as_it_was(axis, tmp_path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "NPROC": "8",  # threads of XLA: a device may wait in several collectives at once, and with two all would wait
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(REPOSITORY),
     }
