@@ -5,7 +5,7 @@
         COMMUNICATE    each string stands in what the agent said, case and the agent's commas aside
         ACTION         each golden action was made, its compared arguments equal
         ENV_ASSERTION  each assertion holds on the databases as they are
-    and 0 unless agent or user ended the conversation. NL_ASSERTION needs a judge: such a task has no reward here.
+    and 0 unless agent or user ended the conversation. NL_ASSERTION needs a judge: a task with some has no reward here.
 
 Source: sierra-research/tau2-bench, src/tau2/evaluator. As there, a golden action that fails is passed over, and what a
 failing tool has written until then stays.
@@ -63,7 +63,7 @@ class Tau2Session:
             "ENV_ASSERTION": self._holds,
         }
         factors = {name: float(checks[name](criteria)) for name in basis if name in checks}
-        if NEEDS_A_JUDGE in basis:
+        if NEEDS_A_JUDGE in basis and criteria.get("nl_assertions"):
             return None, factors
         product = float(is_ended)
         for factor in factors.values():
