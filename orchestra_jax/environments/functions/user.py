@@ -145,14 +145,14 @@ _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 class ModelUser:
     """A model behind an OpenAI-compatible endpoint plays the user; the endpoint's account pays.
 
-    With functions it is asked again behind each call, MAX_CALLS_A_TURN times, and then gives up as OUT_OF_SCOPE.
+    With functions it is asked again behind each call; after MAX_CALLS_A_TURN calls it gives up as OUT_OF_SCOPE.
     """
 
     def __init__(self, endpoint: EndpointExpert, guidelines: str = GUIDELINES):
         self._endpoint, self._guidelines = endpoint, guidelines
 
     async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
-        for _ in range(1 if tools is None else MAX_CALLS_A_TURN + 1):
+        for _ in range(MAX_CALLS_A_TURN):
             reply = await self._endpoint.complete(self._messages(scenario, said, tools))
             if reply.status != CallStatus.OK:
                 return UserReply("", status=reply.status, reason=reply.reason)

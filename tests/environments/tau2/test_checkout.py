@@ -20,7 +20,7 @@ from orchestra_jax.environments.functions.user import ScriptedUser
 from orchestra_jax.environments.tau2.server import Tau2Server
 from orchestra_jax.environments.tau2.tau2_calling import Tau2Calling
 from orchestra_jax.environments.tau2.toolkits import tasks_of_split
-from orchestra_jax.tools.tool import ToolContext
+from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.types import CallStatus
 from tests.environments.tau2.test_tau2_replay import PYTHON, needs_tau2, run
 
@@ -134,8 +134,8 @@ def test_a_checkout_is_played_each_episode_on_values_of_its_own(checkout):
     ]
     tool = environment.toolbox.tools[0]
 
-    def cancel(episode, call_number=0):
-        context = ToolContext(instance, call_number, 0, state=episode)
+    def cancel(episode):
+        context = ToolContext(instance, 0, Evidence(), state=episode)
         return asyncio.run(tool.run({"order_id": "O1"}, context))
 
     first, second = environment.open(instance), environment.open(instance)
