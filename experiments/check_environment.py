@@ -5,8 +5,7 @@
     python -m experiments.check_environment --domain=retail --checkout=TAU2_BENCH --server_python=TAU2_VENV/bin/python
 
 Shipped domains: library, courier. From tau2-bench: airline, retail, telecom, as the package inspect-evals carries them
-(`pip install 'orchestra_jax[tau2]'`, here or in an environment of its own that --server_python names), or from a
-checkout of tau2-bench, installed into the environment that --server_python names.
+(`pip install 'orchestra_jax[tau2]'`) or in a checkout; --server_python names the environment that has either.
 """
 
 import json
