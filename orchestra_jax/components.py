@@ -193,7 +193,7 @@ def _check_sglang(config: RunConfig) -> None:
 def _check_mesh(config: RunConfig) -> None:
     mesh, settings = config.mesh, config.grpo
     num_row_parts, num_length_parts = mesh.data * mesh.fsdp, mesh.context
-    rows = {"warm_start.num_groups": config.warm_start.num_groups}
+    rows = {"warm_start.groups_per_micro_batch": config.warm_start.groups_per_micro_batch}
     lengths = {"grpo.prefix_buckets": settings.prefix_buckets, "episode.max_tokens": (config.episode.max_tokens,)}
     lengths["grpo.completion_buckets"] = settings.completion_buckets
     if settings.batching == "packed" or settings.kl == KL_IN_REWARD:
@@ -274,6 +274,8 @@ def _check_numbers(config: RunConfig) -> None:
         "grpo.num_updates": (settings.num_updates, 1),
         "grpo.groups_per_update": (settings.groups_per_update, 1),
         "grpo.groups_per_micro_batch": (settings.groups_per_micro_batch, 1),
+        "warm_start.groups_per_micro_batch": (config.warm_start.groups_per_micro_batch, 1),
+        "compute.num_threads": (config.compute.num_threads, 1),
         "grpo.rows_per_micro_batch": (settings.rows_per_micro_batch, 1),
         "grpo.segments_per_row": (settings.segments_per_row, 1),
         "grpo.max_resamples": (settings.max_resamples, 0),

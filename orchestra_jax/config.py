@@ -70,6 +70,7 @@ class ComputeConfig:
     dtype: str = "own"  # of the matrix products
     remat: str = "own"  # a key of transformer.REMAT_POLICIES, or "none"
     attention: str = "own"  # a key of attention.IMPLEMENTATIONS, or "auto"
+    num_threads: int = 2  # micro-batches at a time (grpo/accumulation.py); on a mesh there is one
 
 
 @dataclasses.dataclass
@@ -119,6 +120,7 @@ class WarmStartConfig:
     num_steps: int = 450
     num_groups: int = 16
     group_size: int = 4
+    groups_per_micro_batch: int = 4
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-3))
 
 

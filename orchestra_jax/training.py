@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ from orchestra_jax.seeds import derive_seed
 from orchestra_jax.settings import (
     batch_shape,
     loss_settings,
+    num_threads,
     packed_shape,
     scoring_settings,
     warm_start_shape,
@@ -92,6 +94,8 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
         return read_json(directory.summary_path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(parts.resources)
+        gc.freeze()  # tasks and corpus live as long as the run: the collector need not walk them at every step
+        stack.callback(gc.unfreeze)
         metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
         checkpointer = stack.enter_context(Checkpointer(directory.checkpoints_path, config.keep_checkpoints))
         batches = make_batches(config, parts, config.grpo.num_groups, derive_seed(config.seed, "grpo"))
@@ -145,10 +149,10 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
                 derive_seed(config.seed, step),
                 parts.demonstrated_turn,
             )
-            (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
+            micro_batches = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
             with on_mesh(config):
                 state, loss = supervised_step(
-                    state, batch, base_params,
+                    state, micro_batches, base_params, num_threads=num_threads(config),
                     config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk,
                 )  # fmt: skip
             if step % WARM_START_REPORT_EVERY == 0:  # to read the loss is to wait for it
@@ -286,7 +290,7 @@ def take_optimizer_steps(
                 config=parts.model_config, settings=loss_settings(config),
                 optimizer=optimizer, num_updates=settings.num_updates,
                 gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
-                base_params=progress.reference_params if config.lora.rank else None,
+                base_params=progress.reference_params if config.lora.rank else None, num_threads=num_threads(config),
             )  # fmt: skip
         if not losses:
             check_sampler_gap(some["sampler_gap_mean"], settings.max_sampler_gap)

@@ -51,6 +51,7 @@ ROWS = (
     ),
     (
         "generation",
+        "grpo.accumulation",
         "grpo.batching",
         "grpo.packing",
         "grpo.scoring",
