@@ -17,6 +17,7 @@ from orchestra_jax.environments.functions.task import FunctionTask, GoldCall, Us
 from orchestra_jax.environments.functions.tools import CallPrice, TellUser
 from orchestra_jax.environments.functions.user import Signal, User, UserCall
 from orchestra_jax.environments.tau2.server import Tau2Server
+from orchestra_jax.environments.tau2.session import needs_judge
 from orchestra_jax.tools.ledger import Totals, make_receipt
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox, refused
@@ -82,7 +83,8 @@ class _Tool:
 class Tau2Calling:
     """An `Environment` (environment.py). ValueError for a domain that the interpreter cannot serve (server.py).
 
-    `tasks` are the domain's, in the order of its file; `user_schemas` are the functions of its user, if there are any.
+    `tasks` are the domain's whose reward needs no judge, in the order of its file; `judged_task_ids` are the others.
+    `user_schemas` are the functions of the domain's user, if there are any.
     """
 
     def __init__(
@@ -98,7 +100,8 @@ class Tau2Calling:
         described = self._server.ask(do="describe")
         self.version, self.digest = described["version"], described["digest"]
         self._policy, self.user_schemas = described["policy"], described["user_schemas"]
-        self.tasks = tuple(read_task(domain, each) for each in described["tasks"])
+        self.tasks = tuple(read_task(domain, each) for each in described["tasks"] if not needs_judge(each))
+        self.judged_task_ids = tuple(each["id"] for each in described["tasks"] if needs_judge(each))
         tools = [_Tool(self._server, schema, settings.price) for schema in described["schemas"]]
         self.toolbox = Toolbox([*tools, TellUser(user)], settings.tool_timeout_s)
         self.max_calls = settings.max_calls

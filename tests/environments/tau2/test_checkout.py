@@ -125,8 +125,9 @@ def test_a_checkout_is_played_each_episode_on_values_of_its_own(checkout):
     environment = Tau2Calling(
         "retail", sys.executable, ScriptedUser(), FunctionSettings(False, 5), checkout, is_any_version=True
     )
-    (one, _), settings = environment.tasks, (Preference("any", "Any.", {}), (), 0)
-    instance = Instance("1", one, *settings)
+    (one,) = environment.tasks
+    assert (one.task_id, environment.judged_task_ids) == ("1", ("3",))
+    instance = Instance("1", one, Preference("any", "Any.", {}), (), 0)
     messages, schemas = environment.prompt(instance)
     assert messages[0].content == "Be brief." and [each["function"]["name"] for each in schemas] == [
         "cancel",
