@@ -27,6 +27,7 @@ from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
 NUM_SEARCH_RESULTS = 3
+MAX_ALIAS_CHARS = 40
 PARAMETERS_SCHEMA = {
     "type": "object",
     "properties": {"model": {"type": "string", "description": "The alias of the expert that does the work."}},
@@ -100,6 +101,7 @@ class _Delegation:
         return ExpertRequest(self.name, context.instance, offer, context.evidence, has_evidence, context.rollout_index)
 
     def _not_on_offer(self, alias: str) -> ToolResult:
+        alias = alias[:MAX_ALIAS_CHARS]  # the policy's own words
         receipt = make_receipt(
             self.name, service_s=0.0, alias=alias, status=CallStatus.REFUSED, attempt=0, reason=Reason.NOT_ON_OFFER
         )

@@ -17,26 +17,31 @@ from collections.abc import Mapping, Sequence
 import jsonschema
 
 from orchestra_jax.tools.budget import Quote
-from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt
 from orchestra_jax.tools.limits import Attempt, Limiter, Limits, Outcome
 from orchestra_jax.tools.tool import PricedTool, Tool, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, ToolCall
 
 MAX_ARGUMENT_CHARS = 8_192
 MAX_MESSAGE_CHARS = 300
+MAX_NAME_CHARS = 40
+RESERVED_NAMES = (ORCHESTRATOR, JUDGE)  # a receipt of theirs is no call's
 NOT_RETRIED = (Reason.SPEND_CAP, Reason.NOT_RECORDED, Reason.OVER_BUDGET)  # another attempt ends the same way
 
 
 class Toolbox:
     """`timeout_s` holds for every tool that `limits`, by name, does not give limits of its own.
 
-    ValueError for two tools of one name, limits for no tool, or a parameters_schema that is no JSON schema.
+    ValueError for two tools of one name, a reserved name, limits for no tool, or a parameters_schema that is no JSON
+    schema.
     """
 
     def __init__(self, tools: Sequence[Tool], timeout_s: float, limits: Mapping[str, Limits] | None = None):
         names = [tool.name for tool in tools]
         if len(set(names)) < len(names):
             raise ValueError(f"tools must have different names, got {names}")
+        if reserved := sorted(set(names) & set(RESERVED_NAMES)):
+            raise ValueError(f"{reserved} are names of the ledger's own receipts: give the tools other ones")
         if unknown := sorted(set(limits or {}) - set(names)):
             raise ValueError(f"limits are given for {unknown}, which are no tools: the tools are {names}")
         self._tools = {tool.name: tool for tool in tools}
@@ -100,9 +105,12 @@ class Toolbox:
 
     def _refusal(self, call: ToolCall) -> tuple[Reason, str]:
         if call.error:
-            return Reason.NOT_JSON, call.error[:MAX_MESSAGE_CHARS]
+            return Reason.NOT_JSON, call.error
         if call.name not in self._tools:
-            return Reason.UNKNOWN_TOOL, f"there is no tool {call.name[:40]!r}; the tools are {', '.join(self._tools)}"
+            return (
+                Reason.UNKNOWN_TOOL,
+                f"there is no tool {call.name[:MAX_NAME_CHARS]!r}; the tools are {', '.join(self._tools)}",
+            )
         num_chars = len(json.dumps(call.arguments, ensure_ascii=False))
         if num_chars > MAX_ARGUMENT_CHARS:
             return Reason.TOO_LONG, f"{call.name}: the arguments have {num_chars} characters of {MAX_ARGUMENT_CHARS}"
@@ -114,7 +122,7 @@ class Toolbox:
         if len(message) > MAX_MESSAGE_CHARS:  # it repeats the value
             message = f"{call.name}: {'.'.join(map(str, error.path)) or 'the arguments'} breaks {error.validator!r}"
         kinds = {"additionalProperties": Reason.EXTRA_FIELDS, "maxLength": Reason.TOO_LONG, "maxItems": Reason.TOO_LONG}
-        return kinds.get(error.validator, Reason.WRONG_ARGUMENTS), message[:MAX_MESSAGE_CHARS]
+        return kinds.get(error.validator, Reason.WRONG_ARGUMENTS), message
 
 
 def _quote(tool: Tool, call: ToolCall, context: ToolContext) -> Quote:
@@ -122,9 +130,10 @@ def _quote(tool: Tool, call: ToolCall, context: ToolContext) -> Quote:
 
 
 def refused(name: str, message: str, reason: Reason) -> ToolResult:
-    """A call that was not begun: free, and told why."""
-    receipt = make_receipt(name[:40], service_s=0.0, status=CallStatus.REFUSED, attempt=0, reason=reason)
-    return ToolResult(message, str(CallStatus.REFUSED), receipt, CallStatus.REFUSED)
+    """A call that was not begun: free, and told why. `name` may be any that the policy wrote."""
+    shown = f"{name[:MAX_NAME_CHARS]}{'?' if name in RESERVED_NAMES else ''}"
+    receipt = make_receipt(shown, service_s=0.0, status=CallStatus.REFUSED, attempt=0, reason=reason)
+    return ToolResult(message[:MAX_MESSAGE_CHARS], str(CallStatus.REFUSED), receipt, CallStatus.REFUSED)
 
 
 def _joined(outcome: Outcome[ToolResult]) -> ToolResult:

@@ -6,10 +6,10 @@ import time
 import pytest
 
 from orchestra_jax.data.records import Instance, Preference, Task
-from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt, replay_receipts, split_turns
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox
-from orchestra_jax.types import CallStatus, ToolCall
+from orchestra_jax.types import CallStatus, Reason, ToolCall
 
 TASK = Task("t/0", "geography", "one_hop", "Which?", "x", "search")
 CONTEXT = ToolContext(Instance("i", TASK, Preference("any", "Any.", {}), (), 0), 0, Evidence())
@@ -69,6 +69,17 @@ def test_a_late_tool_is_a_timeout_that_took_the_limit():
     assert time.monotonic() - start_s < 5
     assert result.status == result.receipt.status == CallStatus.TIMEOUT
     assert (result.receipt.service_s, result.text) == (0.05, "sleep gave no result within 0.05 s")
+
+
+@pytest.mark.parametrize("name", [ORCHESTRATOR, JUDGE])
+def test_no_call_can_pass_for_one_of_the_ledgers_own_receipts(name):
+    """Else a policy that writes the name opens a turn, or pays nothing."""
+    receipt = call(Toolbox([Sleeper()], timeout_s=5.0), name).receipt
+    assert (receipt.tool, receipt.reason) == (f"{name}?", Reason.UNKNOWN_TOOL)
+    turn = make_receipt(ORCHESTRATOR, service_s=1.0)
+    assert replay_receipts([turn, receipt]).num_calls == len(split_turns([turn, receipt])) == 1
+    with pytest.raises(ValueError, match=f"'{name}'.* the ledger's own receipts: give the tools other ones"):
+        Toolbox([Sleeper(name)], 1.0)
 
 
 @pytest.mark.parametrize("error", [KeyError("bug"), TimeoutError("the tool's own")])
