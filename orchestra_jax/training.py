@@ -90,6 +90,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     if directory.summary_path.exists():
         print(f"{directory.path} holds this run, finished")
         return read_json(directory.summary_path)
+    parts.account.keep_in(directory.spending_path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(parts.resources)
         metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
