@@ -15,6 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jsonschema
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt
@@ -47,11 +50,9 @@ class Toolbox:
         self._tools = {tool.name: tool for tool in tools}
         self._validators = {}
         for tool in tools:
-            try:
-                jsonschema.Draft202012Validator.check_schema(tool.parameters_schema)
-            except jsonschema.SchemaError as error:
-                raise ValueError(f"tool {tool.name!r}: parameters_schema is no JSON schema: {error.message}") from error
-            self._validators[tool.name] = jsonschema.Draft202012Validator(tool.parameters_schema)
+            _check_schema(tool)
+            # The registry is empty: without it a schema that refers to a URL has it fetched, and waits.
+            self._validators[tool.name] = jsonschema.Draft202012Validator(tool.parameters_schema, registry=Registry())
         self._timeout_s = timeout_s
         self._limiters = {name: Limiter(each) for name, each in (limits or {}).items()}
 
@@ -115,14 +116,39 @@ class Toolbox:
         if num_chars > MAX_ARGUMENT_CHARS:
             return Reason.TOO_LONG, f"{call.name}: the arguments have {num_chars} characters of {MAX_ARGUMENT_CHARS}"
         validator = self._validators[call.name]
-        if validator.is_valid(call.arguments):
-            return Reason.NONE, ""
+        try:
+            if validator.is_valid(call.arguments):
+                return Reason.NONE, ""
+        except OverflowError:  # an integer that is to be a multiple of a fraction
+            return Reason.WRONG_ARGUMENTS, f"{call.name}: a number in the arguments is too large"
         error = jsonschema.exceptions.best_match(validator.iter_errors(call.arguments))
         message = f"{call.name}: {error.message}"
         if len(message) > MAX_MESSAGE_CHARS:  # it repeats the value
             message = f"{call.name}: {'.'.join(map(str, error.path)) or 'the arguments'} breaks {error.validator!r}"
         kinds = {"additionalProperties": Reason.EXTRA_FIELDS, "maxLength": Reason.TOO_LONG, "maxItems": Reason.TOO_LONG}
         return kinds.get(error.validator, Reason.WRONG_ARGUMENTS), message
+
+
+def _check_schema(tool: Tool) -> None:
+    """ValueError unless the tool's schema is one, and refers to nothing outside of itself."""
+    try:
+        jsonschema.Draft202012Validator.check_schema(tool.parameters_schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"tool {tool.name!r}: parameters_schema is no JSON schema: {error.message}") from error
+    root = DRAFT202012.create_resource(tool.parameters_schema)
+    resolver, pending = Registry().resolver_with_root(root), [root]
+    while pending:
+        part = pending.pop()
+        pending += part.subresources()
+        reference = part.contents.get("$ref") if isinstance(part.contents, dict) else None
+        try:
+            if reference is not None:
+                resolver.lookup(reference)
+        except Unresolvable as error:
+            raise ValueError(
+                f"tool {tool.name!r}: parameters_schema refers to {reference!r}, which it does not hold: have it stand "
+                "under $defs"
+            ) from error
 
 
 def _quote(tool: Tool, call: ToolCall, context: ToolContext) -> Quote:

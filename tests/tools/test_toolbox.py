@@ -1,6 +1,7 @@
 """The toolbox: what is refused, what is late, what is a bug."""
 
 import asyncio
+import re
 import time
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_late_tool_is_a_timeout_that_took_the_limit():
     assert (result.receipt.service_s, result.text) == (0.05, "sleep gave no result within 0.05 s")
 
 
+def test_definitions_within_a_schema_hold_and_a_number_beyond_all_floats_is_refused():
+    tool = Sleeper()
+    tool.parameters_schema = {
+        "properties": {"wait_s": {"$ref": "#/$defs/half"}},
+        "$defs": {"half": {"type": "number", "multipleOf": 0.5}},
+    }
+    box = Toolbox([tool], 5.0)
+    assert call(box, arguments={"wait_s": 0.0}).status == CallStatus.OK
+    told = [call(box, arguments={"wait_s": wait_s}).text for wait_s in (0.3, 10**400)]
+    assert told == ["sleep: 0.3 is not a multiple of 0.5", "sleep: a number in the arguments is too large"]
+
+
 @pytest.mark.parametrize("name", [ORCHESTRATOR, JUDGE])
 def test_no_call_can_pass_for_one_of_the_ledgers_own_receipts(name):
     """Else a policy that writes the name opens a turn, or pays nothing."""
@@ -106,5 +119,9 @@ def test_tools_are_checked_when_the_box_is_made():
     broken.parameters_schema = {"type": "objekt"}
     with pytest.raises(ValueError, match="'broken': parameters_schema is no JSON schema"):
         Toolbox([broken], 1.0)
+    for reference in ("#/$defs/nothing", "http://127.0.0.1:9/schema.json"):
+        broken.parameters_schema = {"properties": {"wait_s": {"anyOf": [{"$ref": reference}]}}}
+        with pytest.raises(ValueError, match=f"'broken': parameters_schema refers to '{re.escape(reference)}'"):
+            Toolbox([broken], 1.0)
     box = Toolbox([Sleeper("b"), Sleeper("a")], 1.0)
     assert box.names == ("b", "a") == tuple(tool.name for tool in box.tools)
