@@ -24,7 +24,7 @@ from orchestra_jax.checkpoints import Checkpointer
 from orchestra_jax.collection import collect
 from orchestra_jax.components import KL_IN_REWARD, Components, build_components, build_engine
 from orchestra_jax.config import GrpoConfig, RunConfig
-from orchestra_jax.data.pipeline import make_training_iterator
+from orchestra_jax.data.pipeline import InstanceStream, make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
@@ -99,9 +99,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
         stack.callback(gc.unfreeze)
         metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
         checkpointer = stack.enter_context(Checkpointer(directory.checkpoints_path, config.keep_checkpoints))
-        batches = make_training_iterator(
-            parts.train_tasks, parts.preferences, config.world, config.grpo.num_groups, derive_seed(config.seed, "grpo")
-        )
+        batches = make_batches(config, parts, config.grpo.num_groups, derive_seed(config.seed, "grpo"))
         progress = restore(config, parts, checkpointer, batches)
         if progress is None:
             progress = warm_start(config, parts, directory)
@@ -115,6 +113,14 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     return summary
 
 
+def make_batches(config: RunConfig, parts: Components, num_groups: int, seed: int) -> Iterator:
+    """Endless batches of `num_groups` instances, of the run's files where it has some. What a checkpoint keeps of it:
+    `get_state`."""
+    if parts.train_parts:
+        return InstanceStream(parts.train_parts, num_groups, seed)
+    return make_training_iterator(parts.train_tasks, parts.preferences, config.world, num_groups, seed)
+
+
 def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) -> Progress:
     """Supervised training on demonstrations of random routes. Its metrics are a TensorBoard run of their own.
 
@@ -122,9 +128,7 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
     """
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    batches = make_training_iterator(
-        parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
-    )
+    batches = make_batches(config, parts, settings.num_groups, derive_seed(config.seed, "warm start"))
     shape = warm_start_shape(config)
     ones_PG = np.ones((settings.num_groups, settings.group_size))
     with contextlib.ExitStack() as stack:
