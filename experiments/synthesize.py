@@ -40,7 +40,9 @@ def synthesize() -> None:
     from orchestra_jax.experts.endpoint import load_endpoints
     from orchestra_jax.tools.budget import Account
 
-    endpoints = load_endpoints(_ENDPOINTS.value, _models_in(_ENDPOINTS.value), Account(_CAP.value))
+    account = Account(_CAP.value)
+    account.keep_in(pathlib.Path(_DIRECTORY.value) / "spending.json")
+    endpoints = load_endpoints(_ENDPOINTS.value, _models_in(_ENDPOINTS.value), account)
     names = [_WRITER.value, _CHECKER.value or _WRITER.value, _SOLVER.value or _WRITER.value]
     if missing := sorted(set(names) - set(endpoints)):
         raise ValueError(f"{missing[0]!r} has no endpoint in {_ENDPOINTS.value}: choose among {sorted(endpoints)}")

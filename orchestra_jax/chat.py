@@ -41,6 +41,7 @@ CONTROL_SPELLINGS = {  # by the field of `Chat` that holds the id
     "end_of_thinking_id": "</think>",
 }
 
+UNCLOSED_CALL = "The call is not closed by </tool_call>."
 SHORT_CHARS = 12  # texts up to this length are remembered
 
 TOOLS_OPENING = (
@@ -330,7 +331,7 @@ def _find(ids: Sequence[int], wanted: int, start: int) -> int:
 def _read_call(chat: Chat, inner: Sequence[int], is_closed: bool) -> ToolCall:
     """The call between `<tool_call>` and its end; every mistake becomes `error`."""
     if not is_closed:
-        return ToolCall("", {}, "The call is not closed by </tool_call>.")
+        return ToolCall("", {}, UNCLOSED_CALL)
     num_text_ids = chat.content_encoder.get_vocab_size()
     strays = [token for token in inner if not 0 <= token < num_text_ids]
     if strays:

@@ -38,6 +38,7 @@ from orchestra_jax.function_world import (
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.generation.sglang.processes import CONTEXT_MARGIN
+from orchestra_jax.generation.sglang.weight_sync import ROUTES
 from orchestra_jax.generation.sglang_engine import SGLangEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.filters import FILTERS, OVERLONG
@@ -188,6 +189,8 @@ def _check_sglang(config: RunConfig) -> None:
         )
     if config.sglang.dtype not in DTYPES:
         raise ValueError(f"sglang.dtype {config.sglang.dtype!r} is not one of {DTYPES}")
+    if config.sglang.weight_route not in ROUTES:
+        raise ValueError(f"sglang.weight_route {config.sglang.weight_route!r} is not one of {sorted(ROUTES)}")
 
 
 def _check_mesh(config: RunConfig) -> None:

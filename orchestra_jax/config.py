@@ -52,6 +52,7 @@ class ToolsConfig:
     )
     index_directory: str = ""  # of experiments/build_index.py; empty: BM25 in memory over the corpus
     ranking: str = "bm25"  # of that index: "bm25", "dense" or "fused"
+    num_probes: int = 128  # lists of a large index of vectors that a query looks at
     embedding_endpoint: str = ""  # for the queries of the last two
     embedding_model: str = ""
     embedding_key_variable: str = ""
@@ -100,6 +101,7 @@ class FunctionsConfig:
     user_endpoint: str = ""  # the base URL of a model that plays the user; empty: by script
     user_model: str = ""
     user_key_variable: str = ""
+    user_usd_per_million_tokens: tuple[float, ...] = ()  # input and output, of real money; wanted with a key
 
 
 @dataclasses.dataclass
@@ -108,7 +110,7 @@ class EpisodeConfig:
     max_tokens: int = 192  # prompt and all turns
     calls_per_turn: int = 1
     temperature: float = 1.0
-    tool_timeout_s: float = 30.0
+    tool_timeout_s: float = 150.0  # the last word: above the deadlines of endpoints (120), servers and web search
     ends_on_tool_failure: bool = True  # else the policy is shown the failure and goes on
     num_corrections: int = 0  # malformed turns that are answered with what is wrong; the next one ends the episode
 
@@ -126,7 +128,7 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 400
+    num_steps: int = 320
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts

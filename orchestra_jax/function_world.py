@@ -89,9 +89,25 @@ def build_function_preferences(settings: FunctionsConfig) -> tuple[Preference, .
 
 
 def build_user(settings: FunctionsConfig, account: Account) -> User:
+    """ValueError for an endpoint with a key and no prices, and for one that costs money under a cap of 0."""
     if not settings.user_endpoint:
         return ScriptedUser()
-    endpoint = EndpointExpert(settings.user_endpoint, settings.user_model, settings.user_key_variable)
+    prices = settings.user_usd_per_million_tokens
+    if len(prices) != 2 and (prices or settings.user_key_variable):
+        raise ValueError(
+            f"functions.user_usd_per_million_tokens {prices} must be the prices of input and output of the user's "
+            "endpoint, which the run's spending cap counts with: (0.0, 0.0) for one that bills nobody"
+        )
+    input_usd, output_usd = prices or (0.0, 0.0)
+    endpoint = EndpointExpert(
+        settings.user_endpoint,
+        settings.user_model,
+        settings.user_key_variable,
+        input_usd_per_million_tokens=input_usd,
+        output_usd_per_million_tokens=output_usd,
+    )
+    if endpoint.is_paid and not account.cap_usd:
+        raise ValueError("the user's endpoint costs money and experts.spend_cap_usd is 0: set it to what may be spent")
     endpoint.account = account
     return ModelUser(endpoint)
 

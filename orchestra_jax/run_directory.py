@@ -5,6 +5,7 @@
     warm_start/            the same of the warm start
     checkpoints/           checkpoints.Checkpointer
     trajectories/          step_<step>.jsonl, one rollout group a line
+    spending.json          the real money that the run has spent, if it spends any (tools.budget.Account)
     summary.json           the result
 
 JSON is written to a temporary file and renamed: a reader, or a run after a kill, sees the old file or the new one.
@@ -53,6 +54,10 @@ class RunDirectory:
     @property
     def trajectories_path(self) -> pathlib.Path:
         return self.path / "trajectories"
+
+    @property
+    def spending_path(self) -> pathlib.Path:
+        return self.path / "spending.json"
 
     @property
     def summary_path(self) -> pathlib.Path:

@@ -44,6 +44,12 @@ def build_experts(config: RunConfig, account: Account, store: Store | None = Non
     """The expert that stands behind each model of the world."""
     simulated = SimulatedExperts(config.world)
     endpoints = _load_endpoints(config, account, store)
+    for model, endpoint in endpoints.items():
+        if model != JUDGE and endpoint.timeout_s > config.episode.tool_timeout_s and not config.tools.limits_path:
+            raise ValueError(
+                f"a reply of {model!r} may take {endpoint.timeout_s:g} s and episode.tool_timeout_s "
+                f"{config.episode.tool_timeout_s:g} would cut it: raise that, or lower the endpoint's timeout_s"
+            )
     experts: dict[str, Expert] = dict(endpoints)
     if store is not None:
         experts = {model: RecordedExpert(endpoint, store) for model, endpoint in endpoints.items()}
@@ -94,7 +100,7 @@ def build_index(
             account=account,
         )
         embed = endpoint.embed if store is None else recorded(endpoint.embed, endpoint.model, store)
-    return DocumentIndex(tools.index_directory, tools.ranking, embed, price)
+    return DocumentIndex(tools.index_directory, tools.ranking, embed, price, tools.num_probes)
 
 
 def build_toolbox(

@@ -92,6 +92,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     if directory.summary_path.exists():
         print(f"{directory.path} holds this run, finished")
         return read_json(directory.summary_path)
+    parts.account.keep_in(directory.spending_path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(parts.resources)
         gc.freeze()  # tasks and corpus live as long as the run: the collector need not walk them at every step

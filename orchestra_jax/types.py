@@ -53,6 +53,7 @@ class Reason(enum.StrEnum):
     NONE = ""
     UNKNOWN_TOOL = "unknown_tool"
     NOT_JSON = "not_json"  # what stands between the call's tags is no call
+    MALFORMED_TURN = "malformed_turn"  # the call can be read, and what stands around it breaks the format
     WRONG_ARGUMENTS = "wrong_arguments"  # a type, a value or a missing field
     EXTRA_FIELDS = "extra_fields"
     TOO_LONG = "too_long"

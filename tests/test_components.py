@@ -122,6 +122,7 @@ def test_episodes_beyond_the_models_context_are_refused():
         ("context_length", 100, "sglang.context_length 100 must hold episode.max_tokens 192 and be 4080 at most"),
         ("context_length", 4096, "sglang.context_length 4096 must hold"),
         ("dtype", "fp8", "sglang.dtype 'fp8' is not one of"),
+        ("weight_route", "nccl", r"sglang.weight_route 'nccl' is not one of \['disk', 'tensor'\]"),
     ],
 )
 def test_servers_that_cannot_serve_the_run_are_refused(field, value, told):

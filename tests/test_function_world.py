@@ -123,3 +123,16 @@ def test_whole_tasks_with_experts_and_a_user_that_a_model_plays():
     assert {len(task.gold_calls) for task in parts.train_tasks} == {1, 2, 3, 4, 5, 6}
     user = build_user(config.functions, Account())
     assert isinstance(user, ModelUser)
+
+
+def test_a_user_that_costs_money_has_a_price_and_a_cap(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "k")
+    settings = RunConfig().functions
+    settings.user_endpoint, settings.user_model = "http://127.0.0.1:9/v1", "m"
+    settings.user_key_variable = "SOME_KEY"
+    with pytest.raises(ValueError, match=r"user_usd_per_million_tokens \(\) must be the prices of input and output"):
+        build_user(settings, Account(1.0))
+    settings.user_usd_per_million_tokens = (1.0, 2.0)
+    with pytest.raises(ValueError, match="experts.spend_cap_usd is 0"):
+        build_user(settings, Account(0.0))
+    assert isinstance(build_user(settings, Account(1.0)), ModelUser)

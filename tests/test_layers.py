@@ -76,6 +76,7 @@ ROWS = (
     ),
     ("data.loaders.toolscale", "data.synthesis", "data.preference_pairs.written", "evaluation"),
     ("training",),
+    ("trained_policy",),
     ("export",),
 )
 

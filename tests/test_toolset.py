@@ -89,6 +89,17 @@ def test_a_recorded_run_wraps_its_endpoints_and_no_simulated_expert(tmp_path):
     assert (result.status, result.receipt.reason) == (CallStatus.FAILED, Reason.NOT_RECORDED)
 
 
+def test_an_endpoint_that_the_toolbox_would_cut_is_named(tmp_path):
+    path = tmp_path / "endpoints.json"
+    path.write_text(json.dumps({"gpt-5": {"endpoint": "http://127.0.0.1:1/v1", "model": "m", "timeout_s": 200}}))
+    config = RunConfig()
+    config.experts.endpoints_path = str(path)
+    with pytest.raises(ValueError, match="'gpt-5' may take 200 s and episode.tool_timeout_s 150 would cut it"):
+        build_experts(config, Account())
+    config.episode.tool_timeout_s = 200.0
+    build_experts(config, Account())
+
+
 @pytest.mark.parametrize(
     ("read", "text", "told"),
     [

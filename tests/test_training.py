@@ -10,6 +10,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs.catalog import TRAINING, UNSEEN_MODELS
 from orchestra_jax import training
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.checkpoints import Checkpointer
@@ -30,6 +33,7 @@ from orchestra_jax.metrics import MetricsWriter, check_metric_names
 from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.run_directory import read_json
 from orchestra_jax.seeds import derive_seed
+from orchestra_jax.trained_policy import evaluate_elsewhere
 from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -168,6 +172,35 @@ def test_a_run_interrupted_after_a_step_ends_as_an_undisturbed_one(finished, tmp
     same = ("seed", "commit", "policies", "comparisons", "obedience", "price_response")
     assert {name: again[name] for name in same} == {name: summary[name] for name in same}
     assert again["wall_s"] > 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_policy_of_a_run_is_evaluated_again(finished, tmp_path):
+    """In its own world the numbers are the run's, to the last bit; nothing of the run is touched."""
+    path, summary = finished
+    before = contents(path)
+    again = evaluate_elsewhere(small_config(), str(path), str(tmp_path / "same"))
+    assert again["policies"] == summary["policies"] and again["price_response"] == summary["price_response"]
+    assert evaluate_elsewhere(small_config(), str(path), str(tmp_path / "same")) == again  # read, not made again
+    assert contents(path) == before
+    other = small_config()
+    other.prompt.rendering = "qwen3"
+    with pytest.raises(ValueError, match=r"trained with .*compact.* as \['prompt'\], and the config has .*qwen3"):
+        evaluate_elsewhere(other, str(path), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="holds a run with another config"):
+        evaluate_elsewhere(small_config(), str(path), str(path))
+
+
+@pytest.mark.slow
+def test_the_policy_of_a_run_is_evaluated_in_another_world(finished, tmp_path):
+    path, summary = finished
+    config = small_config()
+    config.world.training_pool, config.world.evaluation_pool = TRAINING, UNSEEN_MODELS
+    config.episode.max_tokens = config.jax_engine.max_tokens = 600
+    policies = evaluate_elsewhere(config, str(path), str(tmp_path / "unseen"))["policies"]
+    assert policies["optimal"] != summary["policies"]["optimal"] and "trained" in policies
+    command = [sys.executable, "-m", "experiments.evaluate", "--config=configs/smoke.py", f"--policy_of={path}"]
+    told = subprocess.run([*command, f"--workdir={tmp_path / 'smoke'}"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert told.returncode == 2 and "was trained with ['tiny'] as ['model']" in told.stderr
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
     python -c "from experiments.benchmarks.tools import run; print(run('toolbox,sandbox'))"
     python -c "from experiments.benchmarks.tools import run; print(run('search', 1_000_000))"
 
-The documents of the search are synthetic: words drawn by Zipf's law from a vocabulary of 200,000, 20 to 60 a document;
-vectors are drawn around 1,000 centres. Queries are four words, half of them among the 1,000 most frequent.
+The documents of the search are synthetic: words drawn by Zipf's law from a vocabulary of 200,000, 20 to 60 a document.
+Queries are four words, half of them among the 1,000 most frequent. Vectors lie around 1,000 centres, or anywhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import pathlib
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.tools.limits import Limits
 from orchestra_jax.tools.sandbox.isolation import LEVELS, missing
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
-from orchestra_jax.tools.search.dense_search import DenseIndex, unit, write_dense_index
+from orchestra_jax.tools.search.dense_search import unit
 from orchestra_jax.tools.search.document_index import DocumentIndex, build_index
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox
@@ -33,6 +34,7 @@ from orchestra_jax.types import ToolCall
 NUM_WORDS = 200_000
 NUM_DIMS = 384
 NUM_QUERIES = 50
+PROBES = (32, 128, 512, 2_048)  # lists that a query looks at
 
 
 def run(parts: str = "toolbox,sandbox,search,vectors", num_documents: int = 100_000) -> dict[str, float]:
@@ -42,6 +44,7 @@ def run(parts: str = "toolbox,sandbox,search,vectors", num_documents: int = 100_
         "sandbox": measure_sandbox,
         "search": lambda: measure_search(num_documents),
         "vectors": lambda: measure_vectors(num_documents),
+        "uniform_vectors": lambda: measure_vectors(num_documents, num_centres=0),
     }
     if unknown := sorted(set(parts.split(",")) - set(measures)):
         raise ValueError(f"parts {unknown} are not among {sorted(measures)}")
@@ -151,25 +154,65 @@ def measure_queries(directory: pathlib.Path, queries: list[str]) -> dict[str, fl
     }
 
 
-def measure_vectors(num_documents: int) -> dict[str, float]:
-    """The same for vectors of NUM_DIMS dimensions."""
+def measure_vectors(num_documents: int, num_centres: int = 1_000) -> dict[str, float]:
+    """The same for short texts with vectors of NUM_DIMS dimensions, their embedding not counted; and recall at 10.
+
+    recall = mean share of the 10 nearest vectors, found by comparing with all of them, that a query finds. The vectors
+    lie around `num_centres` centres, half of a vector's square being its own; with 0 they are uniform on the sphere,
+    which no encoder's are: the worst case for lists.
+    """
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((1_000, NUM_DIMS), np.float32)
+    centres = rng.standard_normal((num_centres, NUM_DIMS), np.float32)
+
+    def draw(count: int) -> np.ndarray:
+        vectors = rng.standard_normal((count, NUM_DIMS), np.float32)
+        return unit(vectors + centres[rng.integers(num_centres, size=count)] if num_centres else vectors)
+
+    asked_QD = draw(NUM_QUERIES)
+    nearest = [(np.empty(0, int), np.empty(0, np.float32)) for _ in asked_QD]
+    num_seen = 0
+
+    def embed(texts):
+        nonlocal num_seen
+        vectors_ND = draw(len(texts))
+        for q, scores_N in enumerate(asked_QD @ vectors_ND.T):
+            numbers = np.concatenate([nearest[q][0], np.arange(num_seen, num_seen + len(texts))])
+            scores = np.concatenate([nearest[q][1], scores_N])
+            best = np.argpartition(-scores, 9)[:10]
+            nearest[q] = numbers[best], scores[best]
+        num_seen += len(texts)
+        return vectors_ND
+
+    def answer(queries):
+        return asked_QD[[int(query) for query in queries]]
+
+    def documents():
+        for number in range(num_documents):
+            yield Document(str(number), f"w{number % 1_000}", f"w{number}")
+
     with tempfile.TemporaryDirectory() as scratch:
-        directory = pathlib.Path(scratch)
-        vectors_ND = np.lib.format.open_memmap(directory / "vectors.npy", "w+", np.float32, (num_documents, NUM_DIMS))
-        for start in range(0, num_documents, 50_000):
-            size = min(50_000, num_documents - start)
-            noise = rng.standard_normal((size, NUM_DIMS), np.float32)
-            vectors_ND[start : start + size] = unit(centres[rng.integers(1_000, size=size)] + noise)
-        noise = rng.standard_normal((NUM_QUERIES, NUM_DIMS), np.float32)
-        asked = unit(centres[rng.integers(1_000, size=NUM_QUERIES)] + noise)
+        directory = pathlib.Path(scratch) / "index"
         start_s = time.process_time()
-        write_dense_index(directory / "dense.faiss", vectors_ND)
+        build_index(directory, documents(), embed)
         built_s = time.process_time() - start_s
-        index = DenseIndex(directory / "dense.faiss")
-        query_ms = _median_ms(lambda vector_D: index.search(vector_D, 10), asked)
-    return {"vectors/build_cpu_s": built_s, "vectors/query_cpu_ms": query_ms, "vectors/num_documents": num_documents}
+        start_s = time.process_time()
+        DocumentIndex(directory, "dense", answer)
+        opened_s = time.process_time() - start_s
+        queries = [str(number) for number in range(NUM_QUERIES)]
+        figures = {
+            "num_documents": num_documents,
+            "file_bytes": (directory / "dense.faiss").stat().st_size,
+            "build_cpu_s": built_s,
+            "open_cpu_s": opened_s,
+        }
+        for num_probes in PROBES:
+            index = DocumentIndex(directory, "dense", answer, num_probes=num_probes)
+            found = [{int(document.document_id) for document, _ in index.search(query, 10)} for query in queries]
+            shares = [len(each & set(numbers)) / 10 for each, (numbers, _) in zip(found, nearest)]
+            figures[f"recall_of_{num_probes}_lists"] = float(np.mean(shares))
+            find = functools.partial(index.search, num_results=10)
+            figures[f"query_cpu_ms_of_{num_probes}_lists"] = _median_ms(find, queries)
+        return {f"vectors/{num_centres}_centres/{name}": value for name, value in figures.items()}
 
 
 def _median_ms(ask, queries) -> float:

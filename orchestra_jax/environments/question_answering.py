@@ -168,8 +168,8 @@ class QuestionAnswering:
     def objectives(
         self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals, state: None = None
     ) -> dict[str, float]:
-        # A call that was refused used nobody.
         disallowed = sum(is_disallowed(instance, each.call) for each in calls if each.status == CallStatus.OK)
+        begun = [each.call.name for each in calls if each.status != CallStatus.REFUSED]  # a refused one used nobody
         values = {
             "outcome": 0.0 if answer is None else score_answer(instance.task, answer),
             "cost_usd": totals.cost_usd,
@@ -177,7 +177,7 @@ class QuestionAnswering:
             "disallowed_calls": float(disallowed),
         }
         for name in self.toolbox.names:
-            values[f"calls/{name}"] = float(sum(record.call.name == name for record in calls))
+            values[f"calls/{name}"] = float(begun.count(name))
         return values
 
     async def judge(self, instance: Instance, answer: str) -> Verdict:

@@ -155,6 +155,7 @@ class _RunningCalls:
         )
         self.calls: list[ToolCall] = []
         self._tasks: list[asyncio.Task[ToolResult]] = []
+        self._refused: list[ToolResult] = []  # behind those of the tasks
 
     def hear(self, tokens: np.ndarray) -> None:
         """Starts what is new in a turn that is still being written; nothing of one that went wrong already."""
@@ -178,8 +179,15 @@ class _RunningCalls:
         call_number = len(self._episode.calls) + number
         return await self._toolbox.call(call, dataclasses.replace(self._context, call_number=call_number))
 
+    def refuse_rest(self, calls: Sequence[ToolCall]) -> None:
+        """`calls` are all of a turn that went wrong: what of them has not run leaves a receipt that says why."""
+        for call in calls[len(self.calls) :]:
+            reason, told = (Reason.NOT_JSON, call.error) if call.error else (Reason.MALFORMED_TURN, CORRECTION)
+            self.calls.append(call)
+            self._refused.append(dataclasses.replace(refused(call.name, told, reason), summary=SHORT_CORRECTION))
+
     async def results(self) -> list[ToolResult]:
-        return list(await asyncio.gather(*self._tasks))
+        return [*await asyncio.gather(*self._tasks), *self._refused]
 
     def cancel(self) -> None:
         for task in self._tasks:
@@ -207,11 +215,13 @@ async def _run_turn(
         _book_turn(episode, config, completion)
         turn = chat_format.parse_turn(chat, completion.tokens)
         is_sound = completion.stop_reason == StopReason.STOP and bool(turn.calls) and turn.is_well_formed
-        unreadable = [call for call in turn.calls if call.error]
+        num_run = len(running.calls)
         if is_sound:
             running.start(turn.calls)
-        elif completion.stop_reason == StopReason.STOP and episode.num_malformed < config.num_corrections:
-            running.start([*running.calls, *unreadable])  # to be refused, each with a receipt that says why
+        elif completion.stop_reason == StopReason.STOP:
+            running.refuse_rest(turn.calls)
+        elif completion.stop_reason == StopReason.LENGTH:  # what the limit cut short is no call
+            running.refuse_rest([call for call in turn.calls if call.error != chat_format.UNCLOSED_CALL])
         results = await running.results()
     finally:
         running.cancel()
@@ -232,7 +242,7 @@ async def _run_turn(
         return EpisodeStatus.MALFORMED
     if len(episode.calls) >= environment.max_calls:
         return EpisodeStatus.TURN_LIMIT
-    told = [] if unreadable else [environment.observation(CORRECTION, SHORT_CORRECTION)]
+    told = [] if len(turn.calls) > num_run else [environment.observation(CORRECTION, SHORT_CORRECTION)]
     return _show(episode, chat, config, [*shown, *told])
 
 
@@ -244,8 +254,9 @@ def _is_broken(result: ToolResult) -> bool:
 
 def _shown(environment: Environment, config: RolloutConfig, result: ToolResult, rest: str) -> str:
     """What of a result the policy reads: all of it where it is to mend its call, and the rest of the budget."""
-    is_refused = config.num_corrections > 0 and result.status == CallStatus.REFUSED
-    is_told = is_refused or result.receipt.reason == Reason.OVER_BUDGET
+    reason = result.receipt.reason
+    is_refused = result.status == CallStatus.REFUSED and reason != Reason.MALFORMED_TURN
+    is_told = (config.num_corrections > 0 and is_refused) or reason == Reason.OVER_BUDGET
     text = result.text if is_told else environment.observation(result.text, result.summary)
     return "\n".join(part for part in (text, rest) if part)
 

@@ -12,6 +12,7 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+from orchestra_jax.tools.limits import read_retry_after
 from orchestra_jax.types import Reason
 
 if TYPE_CHECKING:
@@ -62,16 +63,16 @@ async def ask(
             return await _stream(client, arguments, partial)
         return _read(await client.chat.completions.create(**arguments))
     except openai.RateLimitError as error:
-        return Failure(Reason.RATE_LIMITED, str(error), True, False, _retry_after_s(error.response.headers))
+        return Failure(Reason.RATE_LIMITED, str(error), True, False, read_retry_after(error.response.headers))
     except openai.APIStatusError as error:
         is_retryable = error.status_code >= 500 or error.status_code in (408, 409)
-        retry_after_s = _retry_after_s(error.response.headers) if is_retryable else 0.0
+        retry_after_s = read_retry_after(error.response.headers) if is_retryable else 0.0
         return Failure(Reason.SERVER_ERROR, str(error), is_retryable, False, retry_after_s)
     except (openai.APIConnectionError, http.HTTPError) as error:
         cause = error.__cause__ or error
         was_sent = not isinstance(cause, (http.ConnectError, http.ConnectTimeout))
         return Failure(Reason.NO_CONNECTION, f"{type(cause).__name__}: {cause}", True, was_sent)
-    except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:  # no JSON, or no text
+    except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # no JSON, no text
         return Failure(Reason.UNREADABLE, f"{type(error).__name__}: {error}", True, True)
 
 
@@ -105,12 +106,3 @@ def _first(choices: object) -> object:
 
 def _counts(usage: object) -> tuple[object, object]:
     return getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-
-
-def _retry_after_s(headers) -> float:
-    """Seconds that the endpoint asks for; 0 where it asks for none, or for a date, which few send."""
-    try:
-        seconds = float(headers.get("retry-after", 0))
-    except ValueError:
-        return 0.0
-    return seconds if 0 < seconds < math.inf else 0.0

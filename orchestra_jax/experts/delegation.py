@@ -27,6 +27,8 @@ from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
 NUM_SEARCH_RESULTS = 3
+MAX_ALIAS_CHARS = 40
+MAX_QUERY_CHARS = 1_000  # of what a writer wrote
 PARAMETERS_SCHEMA = {
     "type": "object",
     "properties": {"model": {"type": "string", "description": "The alias of the expert that does the work."}},
@@ -100,6 +102,7 @@ class _Delegation:
         return ExpertRequest(self.name, context.instance, offer, context.evidence, has_evidence, context.rollout_index)
 
     def _not_on_offer(self, alias: str) -> ToolResult:
+        alias = alias[:MAX_ALIAS_CHARS]  # the policy's own words
         receipt = make_receipt(
             self.name, service_s=0.0, alias=alias, status=CallStatus.REFUSED, attempt=0, reason=Reason.NOT_ON_OFFER
         )
@@ -127,11 +130,18 @@ class Search(_Delegation):
         super().__init__(experts)
         self._index = index
 
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        """The expert's, and the most that embedding its query can cost: no character is longer than this one."""
+        quote = super().quote(arguments, context)
+        embedding_usd = self._index.query_cost_usd("\U0010ffff" * MAX_QUERY_CHARS)
+        return dataclasses.replace(quote, cost_usd=quote.cost_usd + embedding_usd)
+
     async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
-        cost_usd = self._index.query_cost_usd(reply.text)
+        query = reply.text[:MAX_QUERY_CHARS]
+        cost_usd = self._index.query_cost_usd(query)
         if cost_usd:
             receipt = _with_embedding(receipt, cost_usd)
-        find = functools.partial(self._index.search, reply.text, NUM_SEARCH_RESULTS)
+        find = functools.partial(self._index.search, query, NUM_SEARCH_RESULTS)
         try:
             found = await asyncio.to_thread(find) if self._index.asks_outside else find()
         except EmbeddingFailure as error:

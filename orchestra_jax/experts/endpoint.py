@@ -25,7 +25,7 @@ from orchestra_jax.experts.chat_completion import Failure, Partial, ask, estimat
 from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
 from orchestra_jax.experts.roles import extract, render_messages
 from orchestra_jax.tools.budget import Account
-from orchestra_jax.tools.credentials import public_url, read_key, without_key
+from orchestra_jax.tools.credentials import clean_text, public_url, read_key
 from orchestra_jax.tools.ledger import token_cost_usd
 from orchestra_jax.tools.limits import Attempt, Limiter, Limits, Outcome
 from orchestra_jax.types import CallStatus, Reason
@@ -48,6 +48,7 @@ class EndpointExpert:
       api_key_variable: the environment variable that holds the key; "" for a server that wants none.
       timeout_s: of one reply, queue, retries and waits included.
       max_output_tokens: of one reply, thinking included.
+      limit_field: under which name the endpoint is told so; some know "max_tokens" alone.
       max_retries: how often to ask again after a lost connection, a 408, 409, 429 or 5xx, or an unreadable reply.
       first_wait_s: before the second attempt, doubled for each further one, with jitter.
       is_streaming: read the reply as it is written; a reply that is cut is then charged for what had come.
@@ -66,6 +67,7 @@ class EndpointExpert:
         api_key_variable: str = "",
         timeout_s: float = 120.0,
         max_output_tokens: int = 4096,
+        limit_field: str = "max_completion_tokens",
         max_retries: int = 2,
         first_wait_s: float = 0.5,
         is_streaming: bool = False,
@@ -83,9 +85,10 @@ class EndpointExpert:
             )
         self._where = public_url(endpoint) if isinstance(endpoint, str) else "the given client"
         self._endpoint, self.model, self._is_own_client = endpoint, model, not isinstance(endpoint, openai.AsyncOpenAI)
-        self._api_key = read_key(api_key_variable, self._where)
+        self._api_key = read_key(api_key_variable, self._where) if self._is_own_client else str(endpoint.api_key)
         self.has_key = bool(self._api_key)
         self.max_output_tokens, self._is_streaming = max_output_tokens, is_streaming
+        self._limit_field = limit_field
         self._limiter = Limiter(Limits(timeout_s, max_concurrent, requests_per_s, max_retries + 1, first_wait_s))
         self.usd_per_million_tokens = input_usd_per_million_tokens, output_usd_per_million_tokens  # the real bill
         token_cost_usd(1, 1, *self.usd_per_million_tokens, 0.0)  # refuses prices that are none
@@ -96,6 +99,10 @@ class EndpointExpert:
     @property
     def is_paid(self) -> bool:
         return any(price > 0 for price in self.usd_per_million_tokens)
+
+    @property
+    def timeout_s(self) -> float:
+        return self._limiter.limits.timeout_s
 
     def bound(self, request: ExpertRequest) -> ExpertBound:
         """A token has at least one byte, so bytes bound the input tokens; the seconds are not known beforehand."""
@@ -149,11 +156,11 @@ class EndpointExpert:
         arguments = {
             "model": self.model,
             "messages": list(messages),
-            "max_completion_tokens": self.max_output_tokens,
+            self._limit_field: self.max_output_tokens,
         }
         came = await ask(self._connect(), arguments, self._is_streaming, partial)
         if isinstance(came, Failure):
-            told = self._without_key(came.told)
+            told = self._clean(came.told)
             _logger.warning("%s at %s failed: %s (%s)", self.model, self._where, came.reason, told)
             charged = (_input_estimate(messages), _output_estimate(partial)) if came.is_charged else (0, 0)
             reply = ExpertReply("", *charged, 0.0, CallStatus.FAILED, came.reason, is_estimated=came.is_charged)
@@ -161,7 +168,7 @@ class EndpointExpert:
         counts, is_estimated = (came.input_tokens, came.output_tokens), False
         if not self._is_possible(messages, came):
             counts, is_estimated = (_input_estimate(messages), estimate_tokens(came.content)), True
-        content = self._without_key(came.content)
+        content = self._clean(came.content)
         status, reason = (CallStatus.OK, Reason.NONE) if content else (CallStatus.FAILED, Reason.UNREADABLE)
         reply = ExpertReply(content, *counts, 0.0, status, reason, is_estimated=is_estimated)
         return Attempt(reply, is_retryable=not came.has_choice)
@@ -180,8 +187,8 @@ class EndpointExpert:
             sum(len(text.encode("utf-8", "replace")) for each in messages for text in each.values()) + TEMPLATE_TOKENS
         )
 
-    def _without_key(self, text: str) -> str:
-        return without_key(text, self._api_key)
+    def _clean(self, text: str) -> str:
+        return clean_text(text, self._api_key)
 
     def _connect(self) -> openai.AsyncOpenAI:
         """A client for the loop that runs now: pooled connections do not outlive the loop that opened them."""

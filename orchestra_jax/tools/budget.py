@@ -6,13 +6,17 @@ it can cost and take fits into what is left; calls of one turn share the money a
     quoted cost of the turn's admitted calls <= cost_usd - spent,    each quoted time <= latency_s - elapsed
 
 The account of a run counts real money alone: replayed and simulated calls never touch it. Money is reserved before a
-request is sent and settled behind it, so that no number of concurrent calls can pass the cap.
+request is sent and settled behind it, so that no number of concurrent calls can pass the cap; and what is reserved
+stands in a file first, so that a run that is killed and resumed, wherever its last checkpoint is, cannot either.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import pathlib
 import threading
 
 from orchestra_jax.data.records import Budget
@@ -70,6 +74,7 @@ class Account:
         self._lock = threading.Lock()
         self._spent_usd = 0.0
         self._reserved_usd = 0.0
+        self._path: pathlib.Path | None = None
 
     @property
     def spent_usd(self) -> float:
@@ -82,6 +87,7 @@ class Account:
             if amount_usd and self._spent_usd + self._reserved_usd + amount_usd > self.cap_usd:
                 return False
             self._reserved_usd += amount_usd
+            self._write(amount_usd)
             return True
 
     def settle(self, reserved_usd: float, paid_usd: float) -> None:
@@ -89,6 +95,31 @@ class Account:
         with self._lock:
             self._reserved_usd = max(self._reserved_usd - reserved_usd, 0.0)
             self._spent_usd += paid_usd
+            self._write(reserved_usd or paid_usd)
+
+    def keep_in(self, path: str | os.PathLike) -> None:
+        """Counts what an earlier process has written to the file `path`, and writes there from now on.
+
+        ValueError for a file that is none of an account.
+        """
+        self._path = pathlib.Path(path)
+        if not self._path.exists():
+            return
+        try:
+            self.set_state(json.loads(self._path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path} does not say what was spent ({error}): write {{"spent_usd": the dollars}} into it'
+            ) from error
+
+    def _write(self, moved_usd: float) -> None:
+        """Written whole or not at all. The lock is held."""
+        if self._path is None or not moved_usd:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._path.with_suffix(".tmp")
+        draft.write_text(json.dumps({"spent_usd": self._spent_usd + self._reserved_usd}), encoding="utf-8")
+        os.replace(draft, self._path)
 
     def get_state(self) -> dict[str, float]:
         """For a checkpoint. Money that is reserved counts as spent: whoever resumes does not know what became of it."""
@@ -96,5 +127,6 @@ class Account:
             return {"spent_usd": self._spent_usd + self._reserved_usd}
 
     def set_state(self, state: dict[str, float]) -> None:
+        """What was spent by then; not less than is known here already."""
         with self._lock:
-            self._spent_usd = float(state["spent_usd"])
+            self._spent_usd = max(self._spent_usd, float(state["spent_usd"]))

@@ -1,4 +1,7 @@
-"""Keys come from the environment, and URLs hold none: the HTTP client writes whole URLs into its log."""
+"""Keys come from the environment, and URLs hold none: the HTTP client writes whole URLs into its log.
+
+What comes back from outside may hold them all the same, and what no file, request or prompt can: `clean_text`.
+"""
 
 from __future__ import annotations
 
@@ -27,5 +30,8 @@ def public_url(url: str) -> str:
     return url
 
 
-def without_key(text: str, key: str) -> str:
-    return text.replace(key, "[key]") if key else text
+def clean_text(text: str, *keys: str) -> str:
+    """A text from outside as it may be shown, sent and stored: keys struck out, lone surrogates as "?"."""
+    for key in keys:
+        text = text.replace(key, "[key]") if key else text
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import random
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -63,6 +64,15 @@ class Outcome(Generic[Value]):
     retry_s: float = 0.0  # earlier attempts, and the waits
     wait_s: float = 0.0  # of `retry_s`, the waits
     service_s: float = 0.0  # the last attempt
+
+
+def read_retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks for by Retry-After; 0 where it asks for none, or for a date, which few send."""
+    try:
+        seconds = float(headers.get("retry-after", 0))
+    except ValueError:
+        return 0.0
+    return seconds if 0 < seconds < math.inf else 0.0
 
 
 class Limiter:

@@ -16,13 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 
 from orchestra_jax.tools.budget import Quote
-from orchestra_jax.tools.credentials import public_url
+from orchestra_jax.tools.credentials import clean_text, public_url
 from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.tools.tool import ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason
 
 START_TIMEOUT_S = 60.0
 MAX_SUMMARY_CHARS = 80
+MAX_TOOLS = 1_000  # of a server that lists them page by page
 
 
 class McpServer:
@@ -72,9 +73,7 @@ class McpServer:
         if not ready.done():
             error = self._session.exception() if self._session.done() else f"nothing within {START_TIMEOUT_S:g} s"
             self.close()
-            told = self.without_secrets(
-                f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-            )
+            told = self.clean(f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error)
             raise ValueError(f"the MCP server {url or command[0]!r} does not start: {told}")
         listed = ready.result()
         self.tools = tuple(McpTool(self, prefix, each) for each in listed)
@@ -84,7 +83,12 @@ class McpServer:
         import mcp
 
         async with mcp.Client(self._connection(mcp)) as self._client:
-            ready.set_result((await self._client.list_tools()).tools)
+            page = await self._client.list_tools()
+            listed = list(page.tools)
+            while page.next_cursor and len(listed) < MAX_TOOLS:
+                page = await self._client.list_tools(cursor=page.next_cursor)
+                listed += page.tools
+            ready.set_result(listed)
             await self._close_event.wait()
 
     def _connection(self, mcp):
@@ -107,10 +111,8 @@ class McpServer:
         asked = asyncio.run_coroutine_threadsafe(self._client.call_tool(name, arguments), self._loop)
         return await asyncio.wait_for(asyncio.wrap_future(asked), self.timeout_s)
 
-    def without_secrets(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "[key]")
-        return text
+    def clean(self, text: str) -> str:
+        return clean_text(text, *self._secrets)
 
     def close(self) -> None:
         """Ends the session, the server's process with it, and the thread."""
@@ -134,7 +136,7 @@ class McpTool:
 
     def __init__(self, server: McpServer, prefix: str, listed):
         self.name = prefix + listed.name
-        self.description = listed.description or listed.name
+        self.description = server.clean(listed.description or listed.name)
         self.parameters_schema = dict(listed.input_schema)
         self._server, self._own_name = server, listed.name
 
@@ -156,7 +158,7 @@ class McpTool:
             status, reason = CallStatus.TIMEOUT, Reason.DEADLINE
         except (mcp.MCPError, OSError, RuntimeError) as error:  # the session is gone, or the server says no
             text, status, reason = f"{self.name} failed: {error}", CallStatus.FAILED, Reason.NO_CONNECTION
-        text = self._server.without_secrets(text)
+        text = self._server.clean(text)
         receipt = make_receipt(
             self.name,
             service_s=time.monotonic() - start_s,

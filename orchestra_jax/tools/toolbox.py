@@ -15,38 +15,44 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jsonschema
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from orchestra_jax.tools.budget import Quote
-from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt
 from orchestra_jax.tools.limits import Attempt, Limiter, Limits, Outcome
 from orchestra_jax.tools.tool import PricedTool, Tool, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, ToolCall
 
 MAX_ARGUMENT_CHARS = 8_192
 MAX_MESSAGE_CHARS = 300
+MAX_NAME_CHARS = 40
+RESERVED_NAMES = (ORCHESTRATOR, JUDGE)  # a receipt of theirs is no call's
 NOT_RETRIED = (Reason.SPEND_CAP, Reason.NOT_RECORDED, Reason.OVER_BUDGET)  # another attempt ends the same way
 
 
 class Toolbox:
     """`timeout_s` holds for every tool that `limits`, by name, does not give limits of its own.
 
-    ValueError for two tools of one name, limits for no tool, or a parameters_schema that is no JSON schema.
+    ValueError for two tools of one name, a reserved name, limits for no tool, or a parameters_schema that is no JSON
+    schema.
     """
 
     def __init__(self, tools: Sequence[Tool], timeout_s: float, limits: Mapping[str, Limits] | None = None):
         names = [tool.name for tool in tools]
         if len(set(names)) < len(names):
             raise ValueError(f"tools must have different names, got {names}")
+        if reserved := sorted(set(names) & set(RESERVED_NAMES)):
+            raise ValueError(f"{reserved} are names of the ledger's own receipts: give the tools other ones")
         if unknown := sorted(set(limits or {}) - set(names)):
             raise ValueError(f"limits are given for {unknown}, which are no tools: the tools are {names}")
         self._tools = {tool.name: tool for tool in tools}
         self._validators = {}
         for tool in tools:
-            try:
-                jsonschema.Draft202012Validator.check_schema(tool.parameters_schema)
-            except jsonschema.SchemaError as error:
-                raise ValueError(f"tool {tool.name!r}: parameters_schema is no JSON schema: {error.message}") from error
-            self._validators[tool.name] = jsonschema.Draft202012Validator(tool.parameters_schema)
+            _check_schema(tool)
+            # The registry is empty: without it a schema that refers to a URL has it fetched, and waits.
+            self._validators[tool.name] = jsonschema.Draft202012Validator(tool.parameters_schema, registry=Registry())
         self._timeout_s = timeout_s
         self._limiters = {name: Limiter(each) for name, each in (limits or {}).items()}
 
@@ -100,21 +106,49 @@ class Toolbox:
 
     def _refusal(self, call: ToolCall) -> tuple[Reason, str]:
         if call.error:
-            return Reason.NOT_JSON, call.error[:MAX_MESSAGE_CHARS]
+            return Reason.NOT_JSON, call.error
         if call.name not in self._tools:
-            return Reason.UNKNOWN_TOOL, f"there is no tool {call.name[:40]!r}; the tools are {', '.join(self._tools)}"
+            return (
+                Reason.UNKNOWN_TOOL,
+                f"there is no tool {call.name[:MAX_NAME_CHARS]!r}; the tools are {', '.join(self._tools)}",
+            )
         num_chars = len(json.dumps(call.arguments, ensure_ascii=False))
         if num_chars > MAX_ARGUMENT_CHARS:
             return Reason.TOO_LONG, f"{call.name}: the arguments have {num_chars} characters of {MAX_ARGUMENT_CHARS}"
         validator = self._validators[call.name]
-        if validator.is_valid(call.arguments):
-            return Reason.NONE, ""
+        try:
+            if validator.is_valid(call.arguments):
+                return Reason.NONE, ""
+        except OverflowError:  # an integer that is to be a multiple of a fraction
+            return Reason.WRONG_ARGUMENTS, f"{call.name}: a number in the arguments is too large"
         error = jsonschema.exceptions.best_match(validator.iter_errors(call.arguments))
         message = f"{call.name}: {error.message}"
         if len(message) > MAX_MESSAGE_CHARS:  # it repeats the value
             message = f"{call.name}: {'.'.join(map(str, error.path)) or 'the arguments'} breaks {error.validator!r}"
         kinds = {"additionalProperties": Reason.EXTRA_FIELDS, "maxLength": Reason.TOO_LONG, "maxItems": Reason.TOO_LONG}
-        return kinds.get(error.validator, Reason.WRONG_ARGUMENTS), message[:MAX_MESSAGE_CHARS]
+        return kinds.get(error.validator, Reason.WRONG_ARGUMENTS), message
+
+
+def _check_schema(tool: Tool) -> None:
+    """ValueError unless the tool's schema is one, and refers to nothing outside of itself."""
+    try:
+        jsonschema.Draft202012Validator.check_schema(tool.parameters_schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"tool {tool.name!r}: parameters_schema is no JSON schema: {error.message}") from error
+    root = DRAFT202012.create_resource(tool.parameters_schema)
+    resolver, pending = Registry().resolver_with_root(root), [root]
+    while pending:
+        part = pending.pop()
+        pending += part.subresources()
+        reference = part.contents.get("$ref") if isinstance(part.contents, dict) else None
+        try:
+            if reference is not None:
+                resolver.lookup(reference)
+        except Unresolvable as error:
+            raise ValueError(
+                f"tool {tool.name!r}: parameters_schema refers to {reference!r}, which it does not hold: have it stand "
+                "under $defs"
+            ) from error
 
 
 def _quote(tool: Tool, call: ToolCall, context: ToolContext) -> Quote:
@@ -122,9 +156,10 @@ def _quote(tool: Tool, call: ToolCall, context: ToolContext) -> Quote:
 
 
 def refused(name: str, message: str, reason: Reason) -> ToolResult:
-    """A call that was not begun: free, and told why."""
-    receipt = make_receipt(name[:40], service_s=0.0, status=CallStatus.REFUSED, attempt=0, reason=reason)
-    return ToolResult(message, str(CallStatus.REFUSED), receipt, CallStatus.REFUSED)
+    """A call that was not begun: free, and told why. `name` may be any that the policy wrote."""
+    shown = f"{name[:MAX_NAME_CHARS]}{'?' if name in RESERVED_NAMES else ''}"
+    receipt = make_receipt(shown, service_s=0.0, status=CallStatus.REFUSED, attempt=0, reason=reason)
+    return ToolResult(message[:MAX_MESSAGE_CHARS], str(CallStatus.REFUSED), receipt, CallStatus.REFUSED)
 
 
 def _joined(outcome: Outcome[ToolResult]) -> ToolResult:

@@ -128,9 +128,9 @@ def broken_call():
 def test_an_unreadable_call_ends_the_episode_or_is_corrected(corrections, status):
     trajectory = play([broken_call(), call("answer", CHEAP)], num_corrections=corrections)
     assert trajectory.status == status
-    if corrections:
-        assert trajectory.receipts[1].reason == Reason.NOT_JSON and "not valid JSON" in shown(trajectory)
-        assert (trajectory.receipts[1].cost_usd, trajectory.calls[0].status) == (0.0, CallStatus.REFUSED)
+    assert trajectory.receipts[1].reason == Reason.NOT_JSON and "not valid JSON" in trajectory.calls[0].result_text
+    assert (trajectory.receipts[1].cost_usd, trajectory.calls[0].status) == (0.0, CallStatus.REFUSED)
+    assert ("not valid JSON" in shown(trajectory)) == bool(corrections)
 
 
 def test_an_unreadable_call_is_one_of_those_that_an_episode_may_make():
@@ -145,6 +145,7 @@ def test_an_unreadable_call_is_one_of_those_that_an_episode_may_make():
         (ToolCall("search", {"model": 3}), Reason.WRONG_ARGUMENTS, "3 is not of type 'string'"),
         (ToolCall("search", {"model": "expert-3", "now": True}), Reason.EXTRA_FIELDS, "('now' was unexpected)"),
         (ToolCall("search", {"model": "x" * 9_000}), Reason.TOO_LONG, "characters of 8192"),
+        (ToolCall("search", {"model": "x" * 200}), Reason.NOT_ON_OFFER, f"'{'x' * 40}' is not on offer"),
     ],
 )
 def test_with_corrections_a_short_prompts_policy_too_is_told_what_was_wrong(bad, reason, told):

@@ -7,8 +7,8 @@
     turn brought. A call that ran is recorded and charged whatever becomes of its turn.
  5. Calls beyond `calls_per_turn`, or beyond what is left of `max_calls`, are refused and not run.
  6. A turn that is no valid call ends the episode as MALFORMED; it stays in the stream with mask 1. With
-    `num_corrections` of 1 the first one is answered with what is wrong, and the second one ends the episode; a call in
-    it that cannot be read has a receipt of its own and is one of the `max_calls`.
+    `num_corrections` of 1 the first one is answered with what is wrong, and the second one ends the episode. Each call
+    in it that did not run has a receipt of its own, free, with the reason, and is one of the `max_calls`.
  7. An unknown tool, wrong arguments or an expert that is not on offer are refused; the episode goes on.
  8. `max_calls` calls without an answer: TURN_LIMIT.
  9. A turn cut by the token limit, or no room left for another turn: TOKEN_LIMIT. No stream exceeds `max_tokens`.
@@ -251,10 +251,17 @@ def test_a_call_that_ran_is_booked_whatever_becomes_of_its_turn(experts, environ
     end = whole.index(CHAT.end_of_call_id) + 1
     stray = [*whole[:end], CHAT.start_of_turn_id, *whole[end:]]
     trajectory = play(environment, [stray], calls_per_turn=2)
-    assert (trajectory.status, statuses(trajectory), trajectory.answer) == (EpisodeStatus.MALFORMED, ["ok"], "")
-    assert [receipt.tool for receipt in trajectory.receipts] == [ORCHESTRATOR, "search"]
+    assert (trajectory.status, trajectory.answer) == (EpisodeStatus.MALFORMED, "")
+    assert statuses(trajectory) == ["ok", "refused"]
+    assert [(receipt.tool, receipt.reason) for receipt in trajectory.receipts] == [
+        (ORCHESTRATOR, ""), ("search", ""), ("answer", Reason.MALFORMED_TURN)
+    ]  # fmt: skip
+    assert (trajectory.objectives["calls/search"], trajectory.objectives["calls/answer"]) == (1.0, 0.0)
     cut = play(environment, [whole], max_turn_tokens=end + 1, calls_per_turn=2)
     assert (cut.status, statuses(cut), cut.num_completion_tokens) == (EpisodeStatus.TOKEN_LIMIT, ["ok"], end + 1)
+    broken = broken_turn("no JSON")
+    late = play(environment, [[*broken, *whole]], max_turn_tokens=len(broken) + 4, calls_per_turn=2)
+    assert (late.status, [receipt.reason for receipt in late.receipts]) == (EpisodeStatus.TOKEN_LIMIT, ["", "not_json"])
     assert len(experts.requests) == 2
     check_alignment(cut)
 
@@ -320,12 +327,18 @@ def broken_turn(kind):
 )
 def test_a_malformed_turn_ends_the_episode_and_is_trained_on(environment, experts, kind):
     """Rule 6."""
-    trajectory = play(environment, [broken_turn(kind)])
-    assert (trajectory.status, trajectory.calls, trajectory.answer) == (EpisodeStatus.MALFORMED, (), "")
+    broken = broken_turn(kind)
+    trajectory = play(environment, [broken])
+    assert (trajectory.status, trajectory.answer) == (EpisodeStatus.MALFORMED, "")
+    errors = [call.error for call in chat_format.parse_turn(CHAT, broken).calls]
+    assert len(errors) == (kind in ("no JSON", "a control token inside")) and all(errors)
+    assert [(record.result_text, record.status) for record in trajectory.calls] == [(e, "refused") for e in errors]
     assert trajectory.loss_mask[trajectory.num_prompt_tokens :].all() and trajectory.num_completion_tokens > 0
     check_alignment(trajectory)
     assert not experts.requests and trajectory.objectives["outcome"] == 0.0
-    assert [receipt.tool for receipt in trajectory.receipts] == [ORCHESTRATOR]  # paid for all the same
+    turn, *refused = trajectory.receipts
+    assert turn.tool == ORCHESTRATOR and turn.cost_usd > 0  # paid for all the same
+    assert [(each.reason, each.cost_usd, each.attempt) for each in refused] == [(Reason.NOT_JSON, 0.0, 0)] * len(errors)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +361,7 @@ def test_the_first_malformed_turn_is_corrected_and_the_second_ends_the_episode(e
     told = errors or [environment.observation(CORRECTION, SHORT_CORRECTION)]
     assert trajectory.tokens[end:last_start].tolist() == forced + chat_format.encode_observation(CHAT, told)
     again = play(environment, [broken, broken, ANSWER], num_corrections=1)
-    assert (again.status, len(again.calls)) == (EpisodeStatus.MALFORMED, len(errors))
+    assert (again.status, len(again.calls)) == (EpisodeStatus.MALFORMED, 2 * len(errors))
     assert sum(receipt.tool == ORCHESTRATOR for receipt in again.receipts) == 2 and again.loss_mask[-1]
 
 

@@ -125,6 +125,7 @@ def test_a_hang_ends_in_a_timeout_retries_included(endpoint, completion):
         (200, "application/json", b'{"choices": []}'),
         (200, "application/json", b'{"choices": [7], "usage": 3}'),
         (200, "application/json", b'{"choices": [{"message": null}]}'),
+        (200, "application/json", b"[" * 100_000),
     ],
 )
 def test_garbage_is_a_failed_reply(endpoint, garbage):
@@ -166,14 +167,26 @@ def test_one_expert_serves_one_event_loop_after_another(endpoint, completion):
 
 
 def test_a_client_made_elsewhere_is_used(endpoint, completion):
-    endpoint.respond = lambda body: completion("Paris")
+    endpoint.respond = lambda body: completion("Paris, not theirs")
 
     async def go():
         async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="theirs") as client:
             return await EndpointExpert(client, "m").reply(request("answer"))
 
-    assert asyncio.run(go()).text == "Paris"
+    assert asyncio.run(go()).text == "Paris, not [key]"  # its key is struck out too
     assert endpoint.requests[0][1]["authorization"] == "Bearer theirs"
+
+
+def test_what_no_file_and_no_request_can_hold_comes_as_a_question_mark(endpoint, completion):
+    endpoint.respond = lambda body: completion("<answer>Par\ud800is</answer>")  # as JSON escapes can spell it
+    assert ask(EndpointExpert(endpoint.url, "m"), request("answer"))[0].text == "Par?is"
+
+
+def test_an_endpoint_is_told_the_limit_by_the_name_that_it_knows(endpoint, completion):
+    endpoint.respond = lambda body: completion("Paris")
+    ask(EndpointExpert(endpoint.url, "m", max_output_tokens=9, limit_field="max_tokens"), request("answer"))
+    body = endpoint.requests[0][2]
+    assert body["max_tokens"] == 9 and "max_completion_tokens" not in body
 
 
 def test_mistakes_are_named(monkeypatch):

@@ -34,6 +34,12 @@ async def nap(seconds: float) -> str:
     return "awake"
 
 
+@server.tool()
+def die() -> str:
+    """Ends the server in the middle of the call."""
+    os._exit(1)
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         server.run(transport="streamable-http", host="127.0.0.1", port=int(sys.argv[1]))

@@ -61,6 +61,25 @@ def test_an_account_survives_a_resume_with_what_was_under_way():
     assert not resumed.reserve(0.41) and resumed.reserve(0.39)
 
 
+def test_what_was_spent_behind_the_last_checkpoint_counts_after_a_kill(tmp_path):
+    path = tmp_path / "run" / "spending.json"
+    account = Account(1.0)
+    account.keep_in(path)
+    assert account.reserve(0.0) and not path.exists()  # nothing to tell
+    checkpoint = account.get_state()
+    assert account.reserve(0.5)
+    account.settle(0.5, 0.4)
+    assert account.reserve(0.2)  # and killed here
+    resumed = Account(1.0)
+    resumed.keep_in(path)
+    resumed.set_state(checkpoint)
+    assert resumed.spent_usd == pytest.approx(0.6)
+    assert not resumed.reserve(0.41) and resumed.reserve(0.39)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="spending.json does not say what was spent"):
+        Account(1.0).keep_in(path)
+
+
 def test_what_is_free_is_never_refused_and_a_cap_of_zero_refuses_the_rest():
     account = Account(0.0)
     assert account.reserve(0.0) and not account.reserve(1e-9)

@@ -31,7 +31,7 @@ def call(server, name, arguments):
 
 
 def test_tools_are_listed_with_their_schemas(server):
-    assert [tool.name for tool in server.tools] == ["my_add", "my_fail", "my_environment", "my_nap"]
+    assert [tool.name for tool in server.tools] == ["my_add", "my_fail", "my_environment", "my_nap", "my_die"]
     add = server.tools[0]
     assert add.description == "Adds two numbers." and set(add.parameters_schema["properties"]) == {"a", "b"}
 
@@ -75,6 +75,20 @@ def test_a_late_call_is_a_timeout_and_a_dead_server_a_failure():
         assert (late.status, late.receipt.reason) == (CallStatus.TIMEOUT, Reason.DEADLINE)
     gone = call(made, "add", {"a": 1, "b": 2})
     assert (gone.status, gone.receipt.reason) == (CallStatus.FAILED, Reason.NO_CONNECTION)
+
+
+def test_a_server_that_dies_in_a_call_is_a_failure_then_and_afterwards():
+    with McpServer(COMMAND, timeout_s=20.0) as made:
+        start_s = time.monotonic()
+        for name, arguments in (("die", {}), ("add", {"a": 1, "b": 2})):
+            result = call(made, name, arguments)
+            assert (result.status, result.receipt.reason) == (CallStatus.FAILED, Reason.NO_CONNECTION)
+        assert time.monotonic() - start_s < 15
+
+
+def test_tools_are_listed_page_by_page():
+    with McpServer([sys.executable, str(SERVER.with_name("mcp_pages.py"))]) as made:
+        assert [tool.name for tool in made.tools] == ["first", "second", "third"]
 
 
 def test_mistakes_are_named(tmp_path):

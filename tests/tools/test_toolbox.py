@@ -1,15 +1,16 @@
 """The toolbox: what is refused, what is late, what is a bug."""
 
 import asyncio
+import re
 import time
 
 import pytest
 
 from orchestra_jax.data.records import Instance, Preference, Task
-from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt, replay_receipts, split_turns
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox
-from orchestra_jax.types import CallStatus, ToolCall
+from orchestra_jax.types import CallStatus, Reason, ToolCall
 
 TASK = Task("t/0", "geography", "one_hop", "Which?", "x", "search")
 CONTEXT = ToolContext(Instance("i", TASK, Preference("any", "Any.", {}), (), 0), 0, Evidence())
@@ -71,6 +72,29 @@ def test_a_late_tool_is_a_timeout_that_took_the_limit():
     assert (result.receipt.service_s, result.text) == (0.05, "sleep gave no result within 0.05 s")
 
 
+def test_definitions_within_a_schema_hold_and_a_number_beyond_all_floats_is_refused():
+    tool = Sleeper()
+    tool.parameters_schema = {
+        "properties": {"wait_s": {"$ref": "#/$defs/half"}},
+        "$defs": {"half": {"type": "number", "multipleOf": 0.5}},
+    }
+    box = Toolbox([tool], 5.0)
+    assert call(box, arguments={"wait_s": 0.0}).status == CallStatus.OK
+    told = [call(box, arguments={"wait_s": wait_s}).text for wait_s in (0.3, 10**400)]
+    assert told == ["sleep: 0.3 is not a multiple of 0.5", "sleep: a number in the arguments is too large"]
+
+
+@pytest.mark.parametrize("name", [ORCHESTRATOR, JUDGE])
+def test_no_call_can_pass_for_one_of_the_ledgers_own_receipts(name):
+    """Else a policy that writes the name opens a turn, or pays nothing."""
+    receipt = call(Toolbox([Sleeper()], timeout_s=5.0), name).receipt
+    assert (receipt.tool, receipt.reason) == (f"{name}?", Reason.UNKNOWN_TOOL)
+    turn = make_receipt(ORCHESTRATOR, service_s=1.0)
+    assert replay_receipts([turn, receipt]).num_calls == len(split_turns([turn, receipt])) == 1
+    with pytest.raises(ValueError, match=f"'{name}'.* the ledger's own receipts: give the tools other ones"):
+        Toolbox([Sleeper(name)], 1.0)
+
+
 @pytest.mark.parametrize("error", [KeyError("bug"), TimeoutError("the tool's own")])
 def test_a_bug_in_a_tool_is_an_exception(error):
     with pytest.raises(type(error)):
@@ -95,5 +119,9 @@ def test_tools_are_checked_when_the_box_is_made():
     broken.parameters_schema = {"type": "objekt"}
     with pytest.raises(ValueError, match="'broken': parameters_schema is no JSON schema"):
         Toolbox([broken], 1.0)
+    for reference in ("#/$defs/nothing", "http://127.0.0.1:9/schema.json"):
+        broken.parameters_schema = {"properties": {"wait_s": {"anyOf": [{"$ref": reference}]}}}
+        with pytest.raises(ValueError, match=f"'broken': parameters_schema refers to '{re.escape(reference)}'"):
+            Toolbox([broken], 1.0)
     box = Toolbox([Sleeper("b"), Sleeper("a")], 1.0)
     assert box.names == ("b", "a") == tuple(tool.name for tool in box.tools)

@@ -20,7 +20,7 @@ from orchestra_jax.environments.question_answering import render_offers
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.tool import Evidence
 from orchestra_jax.tools.toolbox import Toolbox
-from orchestra_jax.types import CallRecord, Message
+from orchestra_jax.types import CallRecord, CallStatus, Message
 
 NUM_CACHED_GOLDS = 65_536  # then all are forgotten
 DELEGATION = (
@@ -113,8 +113,9 @@ class FunctionCalling:
             "information_told": float(success.is_information_told),
             "entries_touched": float(success.is_all_touched),
         }
+        begun = [each.call.name for each in calls if each.status != CallStatus.REFUSED]  # a refused one used nothing
         for name in self.toolbox.names:
-            values[f"calls/{name}"] = float(sum(record.call.name == name for record in calls))
+            values[f"calls/{name}"] = float(begun.count(name))
         return values
 
     def _num_calls(self, task: FunctionTask) -> int:

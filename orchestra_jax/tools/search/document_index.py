@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from orchestra_jax.data.records import Document
-from orchestra_jax.tools.search.dense_search import DenseIndex, write_dense_index
+from orchestra_jax.tools.search.dense_search import KINDS, NUM_PROBES, DenseIndex, write_dense_index
 from orchestra_jax.tools.search.embedding import Embed, most_cost_usd
 from orchestra_jax.tools.search.local_search import load_bm25s, split_words
 
@@ -30,15 +30,20 @@ FUSION_DEPTH = 100
 EMBEDDING_BATCH = 1_024
 
 
-def build_index(directory: str | os.PathLike, documents: Iterable[Document], embed: Embed | None = None) -> int:
+def build_index(
+    directory: str | os.PathLike, documents: Iterable[Document], embed: Embed | None = None, kind: str = "auto"
+) -> int:
     """Writes the index of `documents`, which may be a stream; returns how many there were.
 
-    Memory: 4 bytes for each word of the corpus, and the vectors of one batch.
+    Memory: 4 bytes for each word of the corpus, and the vectors of one batch. `kind`: of the index of vectors, one of
+    `dense_search.KINDS`.
 
     Raises:
-      ValueError: no document, or a directory that holds something already.
+      ValueError: no document, an unknown kind, or a directory that holds something already.
     """
     directory = pathlib.Path(directory)
+    if kind not in KINDS:
+        raise ValueError(f"the kind {kind!r} of an index of vectors is not one of {KINDS}")
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty: choose a new directory for the index")
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,7 @@ def build_index(directory: str | os.PathLike, documents: Iterable[Document], emb
     np.save(directory / "offsets.npy", np.array(offsets, np.int64))
     _write_bm25(directory / "bm25", words, vocabulary)
     if embed is not None:
-        _write_vectors(directory, len(words), embed)
+        _write_vectors(directory, len(words), embed, kind)
     about = {"num_documents": len(words), "num_words": len(vocabulary), "has_vectors": embed is not None}
     (directory / "index.json").write_text(json.dumps(about))  # last: an index without it is not whole
     return len(words)
@@ -72,7 +77,7 @@ def _write_bm25(path: pathlib.Path, words: list[np.ndarray], vocabulary: dict[st
     index.save(path, show_progress=False)
 
 
-def _write_vectors(directory: pathlib.Path, num_documents: int, embed: Embed) -> None:
+def _write_vectors(directory: pathlib.Path, num_documents: int, embed: Embed, kind: str) -> None:
     """By way of a file of all vectors, which is removed: they need not fit into memory."""
     documents, path = _Documents(directory), directory / "vectors.npy"
     vectors_ND = None
@@ -82,7 +87,7 @@ def _write_vectors(directory: pathlib.Path, num_documents: int, embed: Embed) ->
         if vectors_ND is None:
             vectors_ND = np.lib.format.open_memmap(path, "w+", np.float32, (num_documents, batch_ND.shape[1]))
         vectors_ND[start : start + len(batch_ND)] = batch_ND
-    write_dense_index(directory / "dense.faiss", vectors_ND)
+    write_dense_index(directory / "dense.faiss", vectors_ND, kind)
     path.unlink()
 
 
@@ -107,6 +112,7 @@ class DocumentIndex:
       ranking: one of RANKINGS.
       embed: queries to unit vectors by the model of the documents; wanted by all rankings but "bm25".
       usd_per_million_tokens: what embedding a query is charged.
+      num_probes: of a large index of vectors, see `DenseIndex`.
 
     Raises:
       ValueError: no index there, an unknown ranking, or one that the index or the arguments do not allow.
@@ -118,6 +124,7 @@ class DocumentIndex:
         ranking: str = "bm25",
         embed: Embed | None = None,
         usd_per_million_tokens: float = 0.0,
+        num_probes: int = NUM_PROBES,
     ):
         directory = pathlib.Path(directory)
         if ranking not in RANKINGS:
@@ -133,7 +140,7 @@ class DocumentIndex:
         self._ranking, self._embed = ranking, embed
         self._documents = _Documents(directory)
         self._bm25 = load_bm25s().BM25.load(directory / "bm25", mmap=True) if ranking != "dense" else None
-        self._dense = DenseIndex(directory / "dense.faiss") if ranking != "bm25" else None
+        self._dense = DenseIndex(directory / "dense.faiss", num_probes) if ranking != "bm25" else None
         self.num_documents = about["num_documents"]
         self.asks_outside = ranking != "bm25"
         self._price = usd_per_million_tokens if self.asks_outside else 0.0

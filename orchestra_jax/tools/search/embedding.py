@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from orchestra_jax.tools.budget import Account
-from orchestra_jax.tools.credentials import public_url, read_key, without_key
+from orchestra_jax.tools.credentials import clean_text, public_url, read_key
 from orchestra_jax.tools.recording import Store
 from orchestra_jax.tools.search.dense_search import unit
 from orchestra_jax.types import Reason
@@ -67,7 +67,10 @@ class EmbeddingEndpoint:
         rows = []
         for start in range(0, len(texts), self._batch_size):
             rows += self._embed_batch(list(texts[start : start + self._batch_size]))
-        return unit(np.asarray(rows, np.float32))
+        try:
+            return unit(np.asarray(rows, np.float32))
+        except (ValueError, TypeError) as error:  # rows of several lengths, no numbers, zeros
+            raise self._failure(error, Reason.UNREADABLE) from None
 
     def _embed_batch(self, batch: list[str]) -> list[list[float]]:
         import openai
@@ -88,7 +91,14 @@ class EmbeddingEndpoint:
             raise self._failure(error, Reason.RATE_LIMITED if is_busy else Reason.SERVER_ERROR) from None
         except openai.APIConnectionError as error:
             raise self._failure(error, Reason.NO_CONNECTION) from None
-        except (openai.OpenAIError, AttributeError, TypeError, json.JSONDecodeError) as error:  # no reply of that shape
+        except (
+            openai.OpenAIError,
+            AttributeError,
+            TypeError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+        ) as error:  # no reply of that shape
             raise self._failure(error, Reason.UNREADABLE) from None
         finally:
             self._account.settle(most_usd, paid_usd)
@@ -98,7 +108,7 @@ class EmbeddingEndpoint:
         return rows
 
     def _failure(self, error: Exception, reason: Reason) -> EmbeddingFailure:
-        told = without_key(f"{type(error).__name__}: {error}", self._key)
+        told = clean_text(f"{type(error).__name__}: {error}", self._key)
         return EmbeddingFailure(f"the embedding endpoint at {self._where} failed: {told}", reason)
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from orchestra_jax.data.records import Document
 from orchestra_jax.tools.budget import Account, Quote
+from orchestra_jax.tools.credentials import clean_text
 from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.limits import read_retry_after
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason
 
@@ -141,20 +143,19 @@ class WebSearch:
         except httpx2.HTTPError:
             return WebFailure(Reason.NO_CONNECTION)
         if reply.status_code == 429:
-            asked = reply.headers.get("retry-after", "")
-            return WebFailure(Reason.RATE_LIMITED, float(asked) if asked.isdigit() else 0.0)
+            return WebFailure(Reason.RATE_LIMITED, read_retry_after(reply.headers))
         if reply.status_code != 200:
             return WebFailure(Reason.SERVER_ERROR)
         try:
             results = reply.json()[provider.results_field]
             return [self._document(each) for each in results[: self._num_results]]
-        except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or not of the provider's shape
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
             return WebFailure(Reason.UNREADABLE)
 
     def _document(self, result: dict[str, object]) -> Document:
         provider = self._provider
         fields = (result[provider.url_field], result.get(provider.title_field), result.get(provider.text_field))
-        return Document(*(str(field or "").replace(self._key, "[key]") for field in fields))
+        return Document(*(clean_text(str(field or ""), self._key) for field in fields))
 
     def _connect(self) -> httpx2.AsyncClient:
         """A client for the loop that runs now."""

@@ -75,8 +75,14 @@ def test_many_vectors_are_kept_in_lists_and_still_found(tmp_path, monkeypatch):
     write_dense_index(tmp_path / "dense.faiss", vectors)
     index = DenseIndex(tmp_path / "dense.faiss")
     exact = np.argsort(-(vectors @ vectors[:20].T), axis=0)[:10].T
-    shares = [len({i for i, _ in index.search(vectors[n], 10)} & set(exact[n])) / 10 for n in range(20)]
-    assert np.mean(shares) > 0.9
+
+    def recall(index):
+        return np.mean([len({i for i, _ in index.search(vectors[n], 10)} & set(exact[n])) / 10 for n in range(20)])
+
+    assert recall(index) > 0.9 > recall(DenseIndex(tmp_path / "dense.faiss", num_probes=1))
+    write_dense_index(tmp_path / "exact.faiss", vectors, "exact")
+    assert recall(DenseIndex(tmp_path / "exact.faiss")) == 1.0
+    assert (tmp_path / "exact.faiss").stat().st_size > 2 * (tmp_path / "dense.faiss").stat().st_size
 
 
 def test_mistakes_are_named(tmp_path, directory):
@@ -93,5 +99,9 @@ def test_mistakes_are_named(tmp_path, directory):
     build_index(tmp_path / "words", DOCUMENTS)
     with pytest.raises(ValueError, match="has none"):
         DocumentIndex(tmp_path / "words", "fused", embed)
+    with pytest.raises(ValueError, match="the kind 'tree' .* is not one of"):
+        build_index(tmp_path / "tree", DOCUMENTS, embed, "tree")
+    with pytest.raises(ValueError, match="num_probes 0"):
+        DocumentIndex(directory, "dense", embed, num_probes=0)
     with pytest.raises(ValueError, match="zero or not finite"):
         unit(np.zeros((1, 3), np.float32))

@@ -1,6 +1,7 @@
 """The embedding endpoint against a real HTTP server: vectors, failures, money, keys, and search on top of it."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 
@@ -44,6 +45,13 @@ def vectors(path, headers, body, num_tokens=3):
     return 200, {"Content-Type": "application/json"}, json.dumps(reply).encode()
 
 
+def rows(embeddings):
+    """An endpoint whose vectors are these."""
+    data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(embeddings)]
+    text = json.dumps({"object": "list", "data": data, "model": "m", "usage": {"prompt_tokens": 3, "total_tokens": 3}})
+    return broken(200, text.encode())
+
+
 def broken(status, text=b"", **headers):
     return lambda *_: (status, {"Content-Type": "application/json", **headers}, text)
 
@@ -67,6 +75,10 @@ def test_vectors_come_in_order_at_length_one_and_the_account_books_the_endpoints
         (broken(200, b"{"), Reason.UNREADABLE, 3e-6),
         (broken(200, b'{"data": []}'), Reason.UNREADABLE, 3e-6),
         (lambda path, headers, body: vectors(path, headers, {"input": []}), Reason.UNREADABLE, 3e-6),
+        (rows([["a"]]), Reason.UNREADABLE, 3e-6),
+        (rows([[0.0, 0.0]]), Reason.UNREADABLE, 3e-6),
+        (rows([[float("nan"), 1.0]]), Reason.UNREADABLE, 3e-6),
+        (broken(200, b"[" * 100_000), Reason.UNREADABLE, 3e-6),
     ],
 )
 def test_each_failure_has_its_reason_and_charge_and_tells_no_key(respond, reason, paid_usd, caplog):
@@ -111,6 +123,35 @@ def test_a_search_by_vectors_is_charged_for_its_query_and_fails_as_data(tmp_path
     failed = search(DocumentIndex(tmp_path / "index", "dense", nobody, usd_per_million_tokens=2.0))
     assert (failed.status, failed.receipt.reason) == (CallStatus.FAILED, Reason.NO_CONNECTION)
     assert failed.receipt.cost_usd == found.receipt.cost_usd and failed.evidence == Evidence()
+
+
+def test_a_budget_knows_beforehand_what_a_query_can_cost(tmp_path):
+    """A query is cut, so that its price has a bound; without vectors it costs nothing."""
+    build_index(tmp_path / "index", DOCUMENTS, lambda texts: np.eye(2, dtype=np.float32)[: len(texts)])
+    asked = []
+
+    def embed(texts):
+        asked.extend(texts)
+        return np.eye(2, dtype=np.float32)[:1]
+
+    index = DocumentIndex(tmp_path / "index", "dense", embed, usd_per_million_tokens=2.0)
+    experts = SimulatedExperts(WorldConfig())
+    tool, plain = (Search(lambda model: experts, each) for each in (index, DocumentIndex(tmp_path / "index")))
+    long = dataclasses.replace(TASK, query="\u20ac" * 5_000, poor_query="\u20ac" * 5_000)
+    context = dataclasses.replace(CONTEXT, instance=dataclasses.replace(CONTEXT.instance, task=long))
+    most_usd, words_usd = (each.quote({"model": "expert-1"}, context).cost_usd for each in (tool, plain))
+    result = asyncio.run(tool.run({"model": "expert-1"}, context))
+    assert [len(text) for text in asked] == [1_000]
+    assert most_usd - words_usd == pytest.approx(4_000 * 2e-6)
+    assert words_usd < result.receipt.cost_usd <= most_usd
+    assert result.receipt.cost_usd - words_usd == pytest.approx(3_000 * 2e-6)
+
+
+def test_a_query_of_another_embedding_model_is_named(tmp_path):
+    build_index(tmp_path / "index", DOCUMENTS, lambda texts: np.eye(2, dtype=np.float32)[: len(texts)])
+    index = DocumentIndex(tmp_path / "index", "dense", lambda texts: np.eye(3, dtype=np.float32)[:1])
+    with pytest.raises(ValueError, match="has 3 dims and those of the index have 2: name the embedding model"):
+        index.search("cat", 1)
 
 
 def test_embeddings_are_recorded_and_replayed_without_key_or_money(tmp_path, monkeypatch):

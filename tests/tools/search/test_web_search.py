@@ -53,6 +53,14 @@ def test_tavily_is_asked_and_read_and_charged():
     assert "the key is [key]" in result.text and 0 < result.receipt.service_s < 5
 
 
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [("0.5", 0.5), ("\u00b2", 0.0), ("9" * 400, 0.0), ("Fri, 01 Jan 2027 00:00:00 GMT", 0.0)]
+)
+def test_whatever_a_busy_provider_asks_for_is_read(asked, seconds):
+    with serve(lambda *_: (429, {"Retry-After": asked}, b"")) as (url, _):
+        assert ask(url).retry_after_s == seconds
+
+
 def test_another_provider_is_a_matter_of_configuration():
     reply = json.dumps({"organic": [{"title": "Paris", "link": "https://p", "snippet": "a city"}]}).encode()
     with serve(lambda *_: (200, {}, reply)) as (url, requests):
@@ -69,6 +77,7 @@ def test_another_provider_is_a_matter_of_configuration():
         (200, {}, b"{", Reason.UNREADABLE, 0.01),
         (200, {}, b'{"hits": []}', Reason.UNREADABLE, 0.01),
         (200, {}, b'{"results": [3]}', Reason.UNREADABLE, 0.01),
+        (200, {}, b"[" * 100_000, Reason.UNREADABLE, 0.01),
     ],
 )
 def test_what_goes_wrong_outside_is_a_typed_failure(status, headers, text, reason, cost_usd, caplog):
