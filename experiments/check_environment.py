@@ -2,9 +2,10 @@
 
     python -m experiments.check_environment --domain=library
     python -m experiments.check_environment --domain=retail --server_python=TAU2_VENV/bin/python
+    python -m experiments.check_environment --domain=retail --checkout=TAU2_BENCH --server_python=TAU2_VENV/bin/python
 
 Shipped domains: library, courier. From tau2-bench: airline, retail, telecom, as the package inspect-evals carries them
-(`pip install 'orchestra_jax[tau2]'`, here or in an environment of its own that --server_python names).
+(`pip install 'orchestra_jax[tau2]'`) or in a checkout; --server_python names the environment that has either.
 """
 
 import json
@@ -20,6 +21,7 @@ from orchestra_jax.environments.functions.domains.courier_tasks import generate_
 from orchestra_jax.environments.functions.domains.library import make_library
 from orchestra_jax.environments.functions.domains.library_tasks import generate_library_tasks
 from orchestra_jax.environments.functions.success import judge, run_gold
+from orchestra_jax.environments.tau2.source import command_line
 
 SHIPPED = {"library": (make_library, generate_library_tasks), "courier": (make_courier, generate_courier_tasks)}
 TAU2 = ("airline", "retail", "telecom")
@@ -28,6 +30,8 @@ _DOMAIN = flags.DEFINE_enum("domain", None, [*SHIPPED, *TAU2], "The domain.", re
 _NUM_TASKS = flags.DEFINE_integer("num_tasks", 1000, "Tasks of a shipped domain.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of a shipped domain's database and tasks.")
 _SERVER_PYTHON = flags.DEFINE_string("server_python", sys.executable, "An interpreter that has inspect-evals.")
+_CHECKOUT = flags.DEFINE_string("checkout", "", "A checkout of tau2-bench; without one, the package inspect-evals.")
+_ANY_VERSION = flags.DEFINE_bool("any_version", False, "Take data of tau2-bench other than the pinned, too.")
 
 
 def check_shipped(name: str) -> list[dict]:
@@ -48,14 +52,15 @@ def check_shipped(name: str) -> list[dict]:
 
 
 def check_tau2(name: str) -> list[dict]:
-    """In the interpreter that has the package: SystemExit with its sentence where it has not, or has other data."""
+    """In the interpreter that has the tools' code: SystemExit with its sentence where it has not, or has other data."""
     root = str(pathlib.Path(__file__).parents[1])
-    command = [_SERVER_PYTHON.value, "-m", "orchestra_jax.environments.tau2.replay", name]
+    told = command_line(name, _CHECKOUT.value, _ANY_VERSION.value)
+    command = [_SERVER_PYTHON.value, "-m", "orchestra_jax.environments.tau2.replay", *told]
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr.strip().splitlines()[-1])
     source, *lines = map(json.loads, result.stdout.splitlines())
-    print(f"{source['package']} {source['version']}, data {source['digest']}")
+    print(f"{source['source']} {source['version']}, data {source['digest']}")
     return lines
 
 

@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.corpus import build_documents, load_documents
+from orchestra_jax.data.pipeline import DrawInstance, Part
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.data.questions import build_tasks
 from orchestra_jax.data.records import Preference, Task
@@ -23,18 +25,20 @@ from orchestra_jax.environments.environment import Environment
 from orchestra_jax.environments.question_answering import QuestionAnswering, reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.world import check_pools
+from orchestra_jax.function_files import build_task_parts, open_domain_folder, split_domain_folder
 from orchestra_jax.function_world import (
+    DEMONSTRATIONS,
     FIRST_TEST_SEED,
     build_domains,
     build_function_calling,
     build_function_preferences,
     build_function_tasks,
     check_functions,
-    guessed_turn,
 )
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
 from orchestra_jax.generation.sglang.processes import CONTEXT_MARGIN
+from orchestra_jax.generation.sglang.weight_sync import ROUTES
 from orchestra_jax.generation.sglang_engine import SGLangEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.filters import FILTERS, OVERLONG
@@ -75,6 +79,7 @@ class Components:
     test_tasks: tuple[Task, ...]
     preferences: tuple[Preference, ...]
     demonstrated_turn: DemonstratedTurn  # of the warm start
+    train_parts: tuple[Part, ...] = ()  # of files, mixed by weight; if there are any, there are no `train_tasks`
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
@@ -184,12 +189,14 @@ def _check_sglang(config: RunConfig) -> None:
         )
     if config.sglang.dtype not in DTYPES:
         raise ValueError(f"sglang.dtype {config.sglang.dtype!r} is not one of {DTYPES}")
+    if config.sglang.weight_route not in ROUTES:
+        raise ValueError(f"sglang.weight_route {config.sglang.weight_route!r} is not one of {sorted(ROUTES)}")
 
 
 def _check_mesh(config: RunConfig) -> None:
     mesh, settings = config.mesh, config.grpo
     num_row_parts, num_length_parts = mesh.data * mesh.fsdp, mesh.context
-    rows = {"warm_start.num_groups": config.warm_start.num_groups}
+    rows = {"warm_start.groups_per_micro_batch": config.warm_start.groups_per_micro_batch}
     lengths = {"grpo.prefix_buckets": settings.prefix_buckets, "episode.max_tokens": (config.episode.max_tokens,)}
     lengths["grpo.completion_buckets"] = settings.completion_buckets
     if settings.batching == "packed" or settings.kl == KL_IN_REWARD:
@@ -270,6 +277,8 @@ def _check_numbers(config: RunConfig) -> None:
         "grpo.num_updates": (settings.num_updates, 1),
         "grpo.groups_per_update": (settings.groups_per_update, 1),
         "grpo.groups_per_micro_batch": (settings.groups_per_micro_batch, 1),
+        "warm_start.groups_per_micro_batch": (config.warm_start.groups_per_micro_batch, 1),
+        "compute.num_threads": (config.compute.num_threads, 1),
         "grpo.rows_per_micro_batch": (settings.rows_per_micro_batch, 1),
         "grpo.segments_per_row": (settings.segments_per_row, 1),
         "grpo.max_resamples": (settings.max_resamples, 0),
@@ -316,6 +325,7 @@ class World:
     test_tasks: tuple[Task, ...]
     preferences: tuple[Preference, ...]
     demonstrated_turn: DemonstratedTurn
+    train_parts: tuple[Part, ...] = ()
 
 
 def _build_questions(config: RunConfig, account: Account, opened: contextlib.ExitStack) -> World:
@@ -336,13 +346,26 @@ def _build_questions(config: RunConfig, account: Account, opened: contextlib.Exi
 def _build_functions(config: RunConfig, account: Account, opened: contextlib.ExitStack) -> World:
     settings = config.functions
     check_functions(settings)
-    train, test = build_domains(settings, 0), build_domains(settings, FIRST_TEST_SEED)
+    if is_folder := os.path.isdir(settings.domain):
+        sandbox = opened.enter_context(PythonSandbox(isolation=config.tools.isolation))
+        train = test = open_domain_folder(settings.domain, sandbox)
+    else:
+        train, test = build_domains(settings, 0), build_domains(settings, FIRST_TEST_SEED)
+    preferences, train_parts, train_tasks = build_function_preferences(settings), (), ()
+    if settings.task_paths:
+        train_parts, test_tasks = build_task_parts(settings, {**train, **test}, DrawInstance(preferences, config.world))
+    elif is_folder:
+        train_tasks, test_tasks = split_domain_folder(settings.domain)
+    else:
+        train_tasks = build_function_tasks(settings, train, settings.num_tasks, config.data.seed)
+        test_tasks = build_function_tasks(settings, test, settings.num_test_tasks, config.data.seed)
     return World(
         build_function_calling(config, {**train, **test}, account),
-        build_function_tasks(settings, train, settings.num_tasks, config.data.seed),
-        build_function_tasks(settings, test, settings.num_test_tasks, config.data.seed),
-        build_function_preferences(settings),
-        guessed_turn,
+        train_tasks,
+        test_tasks,
+        preferences,
+        DEMONSTRATIONS[settings.demonstrations],
+        train_parts,
     )
 
 
@@ -379,4 +402,5 @@ def build_components(config: RunConfig) -> Components:
         test_tasks=world.test_tasks,
         preferences=world.preferences,
         demonstrated_turn=world.demonstrated_turn,
+        train_parts=world.train_parts,
     )

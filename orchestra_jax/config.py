@@ -71,13 +71,14 @@ class ComputeConfig:
     dtype: str = "own"  # of the matrix products
     remat: str = "own"  # a key of transformer.REMAT_POLICIES, or "none"
     attention: str = "own"  # a key of attention.IMPLEMENTATIONS, or "auto"
+    num_threads: int = 2  # micro-batches at a time (grpo/accumulation.py); on a mesh there is one
 
 
 @dataclasses.dataclass
 class FunctionsConfig:
     """The tasks of environment "functions": see function_world."""
 
-    domain: str = "library"  # a key of function_world.DOMAINS
+    domain: str = "library"  # a key of function_world.DOMAINS, or a folder that experiments/synthesize.py wrote
     num_databases: int = 8  # for training, and as many others for held-out tasks
     num_people: int = 60  # members or customers of a database
     num_things: int = 150  # books or parcels
@@ -86,6 +87,11 @@ class FunctionsConfig:
     has_short_wishes: bool = False  # lines of one verb and numbers, for a policy with a small vocabulary
     num_tasks: int = 2000
     num_test_tasks: int = 300
+    # Files of tasks, one a line in JSON (environments.functions.task), in the place of generated or synthesised ones.
+    task_paths: tuple[str, ...] = ()
+    task_weights: tuple[float, ...] = ()  # of each file in the mixture; empty: by its number of tasks
+    test_task_path: str = ""
+    demonstrations: str = "golden"  # of the warm start, a key of function_world.DEMONSTRATIONS
     num_spare_calls: int = 2  # beside the golden ones and the one that tells the user
     call_cost_usd: float = 0.001  # of a function
     call_latency_s: float = 1.0
@@ -116,12 +122,13 @@ class WarmStartConfig:
     num_steps: int = 450
     num_groups: int = 16
     group_size: int = 4
+    groups_per_micro_batch: int = 4
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-3))
 
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 400
+    num_steps: int = 320
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts

@@ -5,6 +5,7 @@ Training and held-out tasks live on different databases of the same domain.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -23,11 +24,12 @@ from orchestra_jax.environments.functions.domains.library_tasks import WISHES as
 from orchestra_jax.environments.functions.domains.wish import generate_tasks
 from orchestra_jax.environments.functions.function_calling import FunctionCalling, FunctionSettings
 from orchestra_jax.environments.functions.task import FunctionTask
-from orchestra_jax.environments.functions.tools import CallPrice
+from orchestra_jax.environments.functions.tools import TELL_USER, CallPrice
 from orchestra_jax.environments.functions.user import ModelUser, ScriptedUser, User
 from orchestra_jax.experts.catalog import EXPERTS
 from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.experts.replay import RecordedExpert
+from orchestra_jax.function_files import check_task_paths
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.faults import FaultyTool
 from orchestra_jax.tools.recording import Store
@@ -40,8 +42,17 @@ FIRST_TEST_SEED = 1_000  # of databases: those of training begin with 0
 
 def check_functions(settings: FunctionsConfig) -> None:
     """ValueError for an unknown domain or preference, and numbers that are out of range."""
-    if settings.domain not in DOMAINS:
-        raise ValueError(f"functions.domain {settings.domain!r} is not one of {sorted(DOMAINS)}")
+    if settings.domain not in DOMAINS and not os.path.isdir(settings.domain):
+        raise ValueError(
+            f"functions.domain {settings.domain!r} is not one of {sorted(DOMAINS)}, and there is no such folder"
+        )
+    if settings.demonstrations not in DEMONSTRATIONS:
+        raise ValueError(f"functions.demonstrations {settings.demonstrations!r} is not one of {sorted(DEMONSTRATIONS)}")
+    if settings.demonstrations == "guessed" and not settings.has_short_wishes:
+        raise ValueError(
+            'functions.demonstrations "guessed" reads short wishes alone: set functions.has_short_wishes, or "golden"'
+        )
+    check_task_paths(settings)
     if settings.has_short_wishes and settings.domain != "library":
         raise ValueError(f"functions.has_short_wishes is for the library, not for {settings.domain!r}")
     if unknown := sorted(set(settings.preferences) - set(PREFERENCES)) or not settings.preferences:
@@ -135,5 +146,18 @@ def build_function_calling(config: RunConfig, domains: dict[str, Domain], accoun
 def guessed_turn(
     environment: FunctionCalling, instance: Instance, turn: int, shown: Callable[[], str], rng: np.random.Generator
 ) -> tuple[str, ToolCall]:
-    """A demonstration's thought, which is none, and its call."""
+    """A demonstration's thought, which is none, and its call: a clerk's, who guesses what a short wish wants."""
     return "", guess(environment.domains[instance.task.domain], instance, turn, shown, rng)
+
+
+def golden_turn(
+    environment: FunctionCalling, instance: Instance, turn: int, shown: Callable[[], str], rng: np.random.Generator
+) -> tuple[str, ToolCall]:
+    """The golden calls, then all that is to be said."""
+    task = instance.task
+    if turn < len(task.gold_calls):
+        return "", ToolCall(task.gold_calls[turn].name, task.gold_calls[turn].arguments)
+    return "", ToolCall(TELL_USER, {"text": "; ".join(task.communicate_info) or "It is done."})
+
+
+DEMONSTRATIONS = {"golden": golden_turn, "guessed": guessed_turn}

@@ -36,12 +36,17 @@ def batch_shape(config: RunConfig) -> BatchShape | PackedShape:
     )
 
 
+def num_threads(config: RunConfig) -> int:
+    """That compute the micro-batches of an update: a mesh is known to one thread alone."""
+    return 1 if max(dataclasses.astuple(config.mesh)) > 1 else config.compute.num_threads
+
+
 def warm_start_shape(config: RunConfig) -> BatchShape:
-    """All of a step's demonstrations in one micro-batch."""
+    settings = config.warm_start
     return BatchShape(
-        config.warm_start.num_groups,
-        config.warm_start.group_size,
-        config.grpo.prefix_buckets[-1:],
+        settings.groups_per_micro_batch,
+        settings.group_size,
+        config.grpo.prefix_buckets,
         completion_buckets(config),
         config.grpo.num_shared,
     )

@@ -10,35 +10,58 @@ Legend: B rows, C completion tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from orchestra_jax import sharding
+from orchestra_jax.grpo.accumulation import deal_out, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes
+from orchestra_jax.grpo.train_step import TrainState, apply_gradients, score_targets, state_axes, zero_gradients
 from orchestra_jax.models import lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.logprobs import token_logprobs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "chunk"), donate_argnames="state")
-def supervised_step(
-    state: TrainState, batch: MicroBatch, base_params=None, *, config: ModelConfig, optimizer, chunk: int
+@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="gradients")
+def add_supervised_gradients(
+    gradients, params, batch: MicroBatch, num_tokens, base_params=None, *, config: ModelConfig, chunk: int
 ):
-    """One step on the mean cross-entropy over the masked-in tokens, at temperature 1.
-
-    Returns the state, whose old buffers are donated, and the loss before the step in nats per token. `base_params`: the
-    frozen weights, if the state's parameters are low-rank factors.
-    """
+    """Adds those of a micro-batch of the `num_tokens` to `gradients`, which are donated; and its part of the loss."""
 
     def loss_function(params):
         logprobs_BC = score_targets(token_logprobs, lora.attach(params, base_params), batch, 1.0, config, chunk)
-        return -jnp.where(batch.loss_mask_BC, logprobs_BC, 0.0).sum() / jnp.maximum(batch.loss_mask_BC.sum(), 1)
+        return -jnp.where(batch.loss_mask_BC, logprobs_BC, 0.0).sum() / num_tokens
 
-    loss, gradients = jax.value_and_grad(loss_function)(state.params)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = TrainState(params, optimizer_state, state.step + 1)
-    return sharding.constrain(state, state_axes(state, config)), loss
+    loss, new_gradients = jax.value_and_grad(loss_function)(params)
+    gradients = jax.tree.map(jnp.add, gradients, new_gradients)
+    return sharding.constrain(gradients, state_axes(gradients, config)), loss
+
+
+def supervised_step(
+    state: TrainState,
+    batches: Sequence[MicroBatch],
+    base_params=None,
+    *,
+    config: ModelConfig,
+    optimizer,
+    chunk: int,
+    num_threads: int = 1,
+):
+    """One step on the mean cross-entropy over the masked-in tokens of all micro-batches, at temperature 1.
+
+    Returns the state, whose old buffers are donated, and the loss before the step in nats per token. `base_params`: the
+    frozen weights, if the state's parameters are low-rank factors. `num_threads`: see grpo/accumulation.py.
+    """
+    num_tokens = jnp.maximum(sum(batch.loss_mask_BC.sum() for batch in batches), 1)
+
+    def add(gradients, batch):
+        return add_supervised_gradients(
+            gradients, state.params, batch, num_tokens, base_params, config=config, chunk=chunk
+        )
+
+    make_zeros = functools.partial(zero_gradients, state.params, config=config, dtype="float32")
+    gradients, losses = sum_gradients(add, make_zeros, deal_out(batches, num_threads))
+    state, _ = apply_gradients(state, gradients, config=config, optimizer=optimizer)
+    return state, sum(losses)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from orchestra_jax.checkpoints import Checkpointer
 from orchestra_jax.collection import collect
 from orchestra_jax.components import KL_IN_REWARD, Components, build_components, build_engine
 from orchestra_jax.config import GrpoConfig, RunConfig
-from orchestra_jax.data.pipeline import make_training_iterator
+from orchestra_jax.data.pipeline import InstanceStream, make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import evaluate_run
@@ -56,6 +57,7 @@ from orchestra_jax.seeds import derive_seed
 from orchestra_jax.settings import (
     batch_shape,
     loss_settings,
+    num_threads,
     packed_shape,
     scoring_settings,
     warm_start_shape,
@@ -93,11 +95,11 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     parts.account.keep_in(directory.spending_path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(parts.resources)
+        gc.freeze()  # tasks and corpus live as long as the run: the collector need not walk them at every step
+        stack.callback(gc.unfreeze)
         metrics = stack.enter_context(MetricsWriter(directory.path, directory.is_resumed))
         checkpointer = stack.enter_context(Checkpointer(directory.checkpoints_path, config.keep_checkpoints))
-        batches = make_training_iterator(
-            parts.train_tasks, parts.preferences, config.world, config.grpo.num_groups, derive_seed(config.seed, "grpo")
-        )
+        batches = make_batches(config, parts, config.grpo.num_groups, derive_seed(config.seed, "grpo"))
         progress = restore(config, parts, checkpointer, batches)
         if progress is None:
             progress = warm_start(config, parts, directory)
@@ -111,6 +113,14 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     return summary
 
 
+def make_batches(config: RunConfig, parts: Components, num_groups: int, seed: int) -> Iterator:
+    """Endless batches of `num_groups` instances, of the run's files where it has some. What a checkpoint keeps of it:
+    `get_state`."""
+    if parts.train_parts:
+        return InstanceStream(parts.train_parts, num_groups, seed)
+    return make_training_iterator(parts.train_tasks, parts.preferences, config.world, num_groups, seed)
+
+
 def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) -> Progress:
     """Supervised training on demonstrations of random routes. Its metrics are a TensorBoard run of their own.
 
@@ -118,9 +128,7 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
     """
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    batches = make_training_iterator(
-        parts.train_tasks, parts.preferences, config.world, settings.num_groups, derive_seed(config.seed, "warm start")
-    )
+    batches = make_batches(config, parts, settings.num_groups, derive_seed(config.seed, "warm start"))
     shape = warm_start_shape(config)
     ones_PG = np.ones((settings.num_groups, settings.group_size))
     with contextlib.ExitStack() as stack:
@@ -142,10 +150,10 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
                 derive_seed(config.seed, step),
                 parts.demonstrated_turn,
             )
-            (batch,) = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
+            micro_batches = make_micro_batches(groups, ones_PG, ones_PG.astype(bool), shape)
             with on_mesh(config):
                 state, loss = supervised_step(
-                    state, batch, base_params,
+                    state, micro_batches, base_params, num_threads=num_threads(config),
                     config=parts.model_config, optimizer=optimizer, chunk=config.grpo.logprob_chunk,
                 )  # fmt: skip
             if step % WARM_START_REPORT_EVERY == 0:  # to read the loss is to wait for it
@@ -283,7 +291,7 @@ def take_optimizer_steps(
                 config=parts.model_config, settings=loss_settings(config),
                 optimizer=optimizer, num_updates=settings.num_updates,
                 gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
-                base_params=progress.reference_params if config.lora.rank else None,
+                base_params=progress.reference_params if config.lora.rank else None, num_threads=num_threads(config),
             )  # fmt: skip
         if not losses:
             check_sampler_gap(some["sampler_gap_mean"], settings.max_sampler_gap)

@@ -66,7 +66,7 @@ def test_the_parts_follow_the_config():
         ("grpo.aggregation", "mean", r"grpo.aggregation 'mean' is not one of \["),
         ("grpo.optimizer.name", "sgd", r"grpo.optimizer.name 'sgd' is not one of \['adamw', 'muon'\]"),
         ("grpo.optimizer.precision", "float16", "grpo.optimizer.precision 'float16' is not one of"),
-        ("mesh.data", 3, "warm_start.num_groups 16 must be a multiple of mesh.data x mesh.fsdp, which is 3"),
+        ("mesh.data", 3, "warm_start.groups_per_micro_batch 4 must be a multiple of mesh.data x mesh.fsdp, which is 3"),
         ("mesh.context", 7, r"grpo.prefix_buckets \(64, 112\) must be multiples of mesh.context, which is 7"),
         ("grpo.clip_low", 1.5, "clip_low 1.5 must lie in"),
         ("grpo.num_updates", 0, "grpo.num_updates 0 must be 1 or more"),
@@ -122,6 +122,7 @@ def test_episodes_beyond_the_models_context_are_refused():
         ("context_length", 100, "sglang.context_length 100 must hold episode.max_tokens 192 and be 4080 at most"),
         ("context_length", 4096, "sglang.context_length 4096 must hold"),
         ("dtype", "fp8", "sglang.dtype 'fp8' is not one of"),
+        ("weight_route", "nccl", r"sglang.weight_route 'nccl' is not one of \['disk', 'tensor'\]"),
     ],
 )
 def test_servers_that_cannot_serve_the_run_are_refused(field, value, told):

@@ -51,6 +51,7 @@ ROWS = (
     ),
     (
         "generation",
+        "grpo.accumulation",
         "grpo.batching",
         "grpo.packing",
         "grpo.scoring",
@@ -60,11 +61,12 @@ ROWS = (
         "data.pipeline",
         "checkpoints",
     ),
-    ("environments",),
+    ("environments", "data.synthesis.records", "data.synthesis.sandboxed", "data.synthesis.domain_file"),
     (
         "demonstrations",
         "config",
         "toolset",
+        "function_files",
         "function_world",
         "components",
         "settings",

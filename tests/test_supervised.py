@@ -36,7 +36,7 @@ def train(batch, num_steps):
     state = init_state(transformer.init_params(TINY, jax.random.key(0)), OPTIMIZER)
     losses = []
     for _ in range(num_steps):
-        state, loss = supervised_step(state, batch, config=TINY, optimizer=OPTIMIZER, chunk=CHUNK)
+        state, loss = supervised_step(state, [batch], config=TINY, optimizer=OPTIMIZER, chunk=CHUNK)
         losses.append(float(loss))
     assert int(state.step) == num_steps
     return jax.device_get(state.params), losses

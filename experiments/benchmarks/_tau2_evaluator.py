@@ -12,6 +12,7 @@ from inspect_evals.tau2.data_model.tasks import Task
 
 from orchestra_jax.environments.tau2.replay import replay_gold
 from orchestra_jax.environments.tau2.session import COMMON, Tau2Session
+from orchestra_jax.environments.tau2.source import load_domain
 from orchestra_jax.environments.tau2.toolkits import Tau2Domain
 
 NUM_TASKS = 12  # of the packaged evaluator, which takes half a second each
@@ -73,5 +74,5 @@ def compare_evaluators(domain: Tau2Domain) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    made = Tau2Domain(sys.argv[1])
+    made = load_domain(sys.argv[1])
     print(json.dumps(measure_steps(made) | compare_evaluators(made)))

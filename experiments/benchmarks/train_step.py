@@ -85,7 +85,7 @@ def make_step(chunk: int, remat: str):
     state = init_state(init_params(config, jax.random.key(0)), optimizer)
 
     def step(state, batch):
-        return supervised_step(state, batch, config=config, optimizer=optimizer, chunk=chunk)
+        return supervised_step(state, [batch], config=config, optimizer=optimizer, chunk=chunk)
 
     return jax.jit(step, donate_argnums=0), state, random_batch(config.vocab_size)
 

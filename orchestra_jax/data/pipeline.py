@@ -28,15 +28,27 @@ from orchestra_jax.seeds import derive_seed
 _NOTHING_AHEAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-class _MakeInstance(grain.transforms.RandomMap):
-    """Draws preference, offers, prices and latencies for a task."""
+@dataclasses.dataclass(frozen=True)
+class DrawInstance:
+    """Draws preference, offers, prices and latencies for a task: a `Part.make`, the same for the same seed."""
 
-    def __init__(self, preferences: Sequence[Preference], world: WorldConfig):
-        self._preferences, self._world = tuple(preferences), world
+    preferences: tuple[Preference, ...]
+    world: WorldConfig
+
+    def __call__(self, task: Task, seed: int) -> Instance:
+        return self.draw(task, np.random.default_rng(seed))
+
+    def draw(self, task: Task, rng: np.random.Generator) -> Instance:
+        preference = self.preferences[int(rng.integers(len(self.preferences)))]
+        return make_instance(task, preference, self.world, int(rng.integers(2**31)), self.world.training_pool)
+
+
+class _MakeInstance(grain.transforms.RandomMap):
+    def __init__(self, make: DrawInstance):
+        self._make = make
 
     def random_map(self, element: Task, rng: np.random.Generator) -> Instance:
-        preference = self._preferences[int(rng.integers(len(self._preferences)))]
-        return make_instance(element, preference, self._world, int(rng.integers(2**31)), self._world.training_pool)
+        return self._make.draw(element, rng)
 
 
 def make_training_iterator(
@@ -48,7 +60,7 @@ def make_training_iterator(
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(_MakeInstance(preferences, world))
+        .random_map(_MakeInstance(DrawInstance(tuple(preferences), world)))
         .batch(num_groups, batch_fn=list)
     )
     return iter(dataset.to_iter_dataset(_NOTHING_AHEAD))

@@ -47,6 +47,7 @@ class SGLangConfig:
     router_url: str = ""  # of an sglang-router before them, which then places the requests
     api_key_variable: str = ""
     weights_directory: str = "/dev/shm/orchestra_jax"  # where trainer and servers both see it
+    weight_route: str = "disk"  # or "tensor": within requests, for small models and LoRA without shared directories
     dtype: str = "bfloat16"  # of the weights that are sent, and of the servers' arithmetic
     context_length: int = 1024
     max_concurrent: int = 256  # requests under way, for each server
@@ -241,9 +242,7 @@ class SGLangEngine:
         try:
             there = await server_version(server.connection)
             if there != str(version):
-                await send_weights(
-                    server.connection, self._needed_by(there), version, self._config.sync_timeout_s, server.is_released
-                )
+                await self._send(server, self._needed_by(there), version)
             server.version, server.num_failures, server.is_released = version, 0, False
         except (ServerFailure, ValueError) as failure:
             _logger.warning("%s is out: %s", server.connection.url, failure)
@@ -310,14 +309,16 @@ class SGLangEngine:
         try:
             if len(directories) > 1:
                 directories = self._needed_by(await server_version(server.connection))
-            await send_weights(
-                server.connection, directories, self._version, self._config.sync_timeout_s, server.is_released
-            )
+            await self._send(server, directories, self._version)
         except (ServerFailure, ValueError) as failure:
             _logger.warning("%s has not taken version %d: %s", server.connection.url, self._version, failure)
             return str(failure)
         server.version, server.num_failures, server.is_released = self._version, 0, False
         return None
+
+    async def _send(self, server: _Server, directories: Sequence[pathlib.Path], version: int) -> None:
+        timeout_s, route = self._config.sync_timeout_s, self._config.weight_route
+        await send_weights(server.connection, directories, version, timeout_s, server.is_released, route)
 
     async def release_memory(self) -> None:
         """Where trainer and servers share devices: the servers give theirs back until the next `update_weights`."""

@@ -23,6 +23,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from orchestra_jax import sharding
+from orchestra_jax.grpo.accumulation import deal_out, in_threads, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
 from orchestra_jax.grpo.packing import PackedBatch, layout
@@ -285,12 +286,14 @@ def train_step(
     num_updates: int,
     gradient_dtype: str = "float32",
     base_params=None,
+    num_threads: int = 1,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
 
     `state` is donated. `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for
     further ones the old log-probabilities are computed once, before it. `gradient_dtype`: what micro-batches add up in.
     `base_params`: the frozen weights, if the state's parameters are low-rank factors (models/lora.py).
+    `num_threads`: micro-batches that are computed at a time, each with gradients of its own (accumulation.py).
     Within sharding.mesh_context the step runs on all devices of the mesh, for a state of `place_state`. ValueError for
     no batch, or no update.
     """
@@ -301,18 +304,31 @@ def train_step(
     counts = [float(batch_denominator(batch, settings=settings)) for batch in batches]
     denominator = max(sum(counts), 1.0)  # a batch that is masked out altogether has gradients of 0, not NaN
     logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
-    old = [logprobs(state.params, batch, temperature, base_params) if num_updates > 1 else None for batch in batches]
-    reference = [logprobs(reference_params, batch, temperature) if kl_coefficient else None for batch in batches]
+
+    def compare(part):
+        """Each batch with its old log-probabilities and the reference's, as far as they are asked for."""
+        return [
+            (
+                batch,
+                logprobs(state.params, batch, temperature, base_params) if num_updates > 1 else None,
+                logprobs(reference_params, batch, temperature) if kl_coefficient else None,
+            )
+            for batch in part
+        ]
+
+    parts = in_threads(compare, deal_out(batches, num_threads))
     for number in range(num_updates):
-        gradients = zero_gradients(state.params, config=config, dtype=gradient_dtype)
-        metrics = []
-        for batch, old_BC, reference_BC in zip(batches, old, reference, strict=True):
+
+        def add(gradients, compared, number=number, params=state.params):
+            batch, old_BC, reference_BC = compared
             # Of the first pass old is current to the last bit, which two compiled programs need not agree on.
-            gradients, some = add_gradients(
-                gradients, state.params, batch, old_BC if number else None, reference_BC,
+            return add_gradients(
+                gradients, params, batch, old_BC if number else None, reference_BC,
                 temperature, kl_coefficient, denominator, base_params, config=config, settings=settings,
             )  # fmt: skip
-            metrics.append(some)
+
+        make_zeros = functools.partial(zero_gradients, state.params, config=config, dtype=gradient_dtype)
+        gradients, metrics = sum_gradients(add, make_zeros, parts)
         state, gradient_norm = apply_gradients(state, gradients, config=config, optimizer=optimizer)
     return state, {**_combine(jax.device_get(metrics)), "gradient_norm": float(gradient_norm)}
 

@@ -79,12 +79,14 @@ def fixed_params(seed=0):
     return jax.device_get(transformer.init_params(TINY, jax.random.key(seed)))
 
 
-def update(batches, optimizer=DESCENT, reference=None, kl_coefficient=0.0, num_updates=1, settings=SETTINGS):
+def update(
+    batches, optimizer=DESCENT, reference=None, kl_coefficient=0.0, num_updates=1, settings=SETTINGS, num_threads=1
+):
     """-> (params after, metrics). The state is donated, so each call starts from a fresh copy."""
     state = init_state(jax.tree.map(jnp.array, fixed_params()), optimizer)
     state, metrics = train_step(
         state, batches, 1.0, reference, kl_coefficient,
-        config=TINY, settings=settings, optimizer=optimizer, num_updates=num_updates,
+        config=TINY, settings=settings, optimizer=optimizer, num_updates=num_updates, num_threads=num_threads,
     )  # fmt: skip
     assert int(state.step) == num_updates
     return jax.device_get(state.params), metrics
@@ -288,3 +290,13 @@ def test_a_step_needs_a_batch_and_an_update():
         update([])
     with pytest.raises(ValueError, match="num_updates 0"):
         update(micro_batches(), num_updates=0)
+
+
+def test_threads_add_up_the_same_gradients():
+    batches = micro_batches()
+    one, metrics_of_one = update(batches)
+    two, metrics_of_two = update(batches, num_threads=2)
+    again, _ = update(batches, num_threads=2)
+    assert_trees_close(two, one, rtol=1e-5, atol=1e-7)
+    assert_trees_equal(again, two)
+    assert metrics_of_two == pytest.approx(metrics_of_one, rel=1e-5, abs=1e-6)

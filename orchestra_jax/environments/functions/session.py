@@ -7,7 +7,7 @@ import dataclasses
 from orchestra_jax.environments.functions.database import Database
 from orchestra_jax.environments.functions.domain import Domain
 from orchestra_jax.environments.functions.task import FunctionTask
-from orchestra_jax.environments.functions.user import Signal
+from orchestra_jax.environments.functions.user import Signal, UserTools
 from orchestra_jax.types import Message, ToolCall
 
 
@@ -22,6 +22,7 @@ class Session:
     said: list[Message]
     transcript: list[tuple[ToolCall, str]] = dataclasses.field(default_factory=list)  # calls of functions, and results
     signal: Signal = Signal.NONE
+    user_tools: UserTools | None = None  # of domains whose user has functions
 
     @property
     def texts_to_user(self) -> list[str]:

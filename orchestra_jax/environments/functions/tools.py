@@ -86,7 +86,11 @@ class TellUser:
         if context.call_number >= session.max_calls:
             return refused(self.name, f"all {session.max_calls} calls are spent", Reason.TOO_MANY_CALLS)
         session.said.append(Message("assistant", str(arguments["text"])))
-        reply = await self._user.reply(session.task.scenario, session.said)
+        try:
+            reply = await self._user.reply(session.task.scenario, session.said, session.user_tools)
+        except FunctionBroken as error:
+            broken = make_receipt(self.name, service_s=0.0, status=CallStatus.FAILED, reason=Reason.BROKEN_FUNCTION)
+            return ToolResult(f"the user's function is broken: {error}", "failed", broken, CallStatus.FAILED)
         receipt = make_receipt(self.name, service_s=0.0, status=reply.status, reason=reply.reason)
         if reply.status != CallStatus.OK:
             return ToolResult(f"the user does not answer: {reply.reason}", "failed", receipt, reply.status)

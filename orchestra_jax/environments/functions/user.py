@@ -2,22 +2,25 @@
 
 Both are handed the scenario and what was said so far, and hold no state. A reply may carry a signal that ends the
 conversation: the wish is met (STOP), the policy hands over to a human (TRANSFER), or the scenario does not say what the
-policy asks for (OUT_OF_SCOPE). The signals are those of tau2-bench.
+policy asks for (OUT_OF_SCOPE). The signals are those of tau2-bench. In some domains the user has functions too, on a
+phone of their own, say: they are called within the user's turn, and the policy hears what the user says of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from orchestra_jax.environments.functions.task import UserScenario
 from orchestra_jax.experts.endpoint import EndpointExpert
-from orchestra_jax.types import CallStatus, Message, Reason
+from orchestra_jax.types import CallStatus, Message, Reason, ToolCall
 
 MAX_UNANSWERED = 2  # questions in a row that the script has no answer to
+MAX_CALLS_A_TURN = 20  # of the user's own functions
 
 
 class Signal(enum.StrEnum):
@@ -37,10 +40,30 @@ class UserReply:
     reason: Reason = Reason.NONE
 
 
+@dataclasses.dataclass(frozen=True)
+class UserCall:
+    """A call that the user made behind the first `num_said` messages of the conversation, and what it gave."""
+
+    num_said: int
+    call: ToolCall
+    result: str
+
+
+class UserTools(Protocol):
+    """The functions that the user of one episode has, and the calls made of them so far."""
+
+    schemas: Sequence[dict]  # in the OpenAI function format
+    calls: list[UserCall]
+
+    def run(self, call: ToolCall, num_said: int) -> str:
+        """Appends to `calls` and returns the result; what a function refuses is its result. FunctionBroken."""
+        ...
+
+
 class User(Protocol):
-    async def reply(self, scenario: UserScenario, said: Sequence[Message]) -> UserReply:
+    async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
         """`said` in order, the policy's messages with role "assistant", the user's own with "user"; the last is the
-        policy's."""
+        policy's. FunctionBroken, of the user's functions, where there are some."""
         ...
 
 
@@ -52,9 +75,13 @@ _CONFIRM = re.compile(
 
 class ScriptedUser:
     """Deterministic. It says a fact when a question names its topic, says that it does not know where a question names
-    an unknown topic, and agrees when it is asked to confirm. What is no question ends the conversation."""
+    an unknown topic, and agrees when it is asked to confirm. What is no question ends the conversation. With functions
+    it first makes the calls that a message spells, as `toggle_wifi()` or `grant({"app": "mail"})`, and says what they
+    give."""
 
-    async def reply(self, scenario: UserScenario, said: Sequence[Message]) -> UserReply:
+    async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
+        if tools is not None and (calls := _spelled_calls(said[-1].content, tools.schemas)):
+            return UserReply("\n".join(tools.run(call, len(said)) for call in calls))
         text = said[-1].content.lower()
         if _TRANSFER.search(text):
             return UserReply("", Signal.TRANSFER)
@@ -81,6 +108,22 @@ def _names(text: str, topic: str) -> bool:
     return re.search(rf"\b{re.escape(topic.lower())}\b", text) is not None
 
 
+def _spelled_calls(text: str, schemas: Sequence[dict]) -> list[ToolCall]:
+    """The calls that stand in a text as NAME() or NAME({JSON object}), in order."""
+    names, calls = {schema["function"]["name"] for schema in schemas}, []
+    for match in re.finditer(r"\b(\w+)\(", text):
+        if match[1] not in names:
+            continue
+        behind = text[match.end() :]
+        try:
+            arguments, end = ({}, 0) if behind.startswith(")") else json.JSONDecoder().raw_decode(behind)
+        except ValueError:
+            continue
+        if isinstance(arguments, dict) and behind[end:].startswith(")"):
+            calls.append(ToolCall(match[1], arguments))
+    return calls
+
+
 GUIDELINES = f"""You play a customer who talks to a service agent. Stay in the role that the scenario below describes.
 - Write one short message at a time, as a person would, and nothing besides it.
 - Say only what the scenario lets you know, and only when it is needed; do not tell all of it at once.
@@ -89,25 +132,70 @@ GUIDELINES = f"""You play a customer who talks to a service agent. Stay in the r
 - When the agent says that it hands you over to a human, reply {Signal.TRANSFER}
 - When you cannot go on because the scenario does not say enough, reply {Signal.OUT_OF_SCOPE}"""
 
+# Calls are text, so that any endpoint serves, with a parser for calls or without.
+TOOL_GUIDELINES = """You have functions of your own, listed below one a line: what you can see and do, on a phone say.
+- When the agent asks you to look at something or to do something that a function does, call it instead of making up
+  what you see. Call none that nobody asked for.
+- A call is a message with nothing but <tool_call>{"name": NAME, "arguments": {...}}</tool_call>. Its result comes back
+  to you alone as <tool_response>; call again, or tell the agent in your own words what came of it."""
+
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
 
 class ModelUser:
-    """A model behind an OpenAI-compatible endpoint plays the user; the endpoint's account pays."""
+    """A model behind an OpenAI-compatible endpoint plays the user; the endpoint's account pays.
+
+    With functions it is asked again behind each call; after MAX_CALLS_A_TURN calls it gives up as OUT_OF_SCOPE.
+    """
 
     def __init__(self, endpoint: EndpointExpert, guidelines: str = GUIDELINES):
         self._endpoint, self._guidelines = endpoint, guidelines
 
-    async def reply(self, scenario: UserScenario, said: Sequence[Message]) -> UserReply:
-        roles = {"assistant": "user", "user": "assistant"}  # for the model that plays it, the user is itself
-        messages = [{"role": "system", "content": f"{self._guidelines}\n\n{render_scenario(scenario)}"}]
+    async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
+        for _ in range(MAX_CALLS_A_TURN):
+            reply = await self._endpoint.complete(self._messages(scenario, said, tools))
+            if reply.status != CallStatus.OK:
+                return UserReply("", status=reply.status, reason=reply.reason)
+            text = reply.text.rsplit("</think>", 1)[-1].strip()
+            if tools is None or (match := _CALL.search(text)) is None:
+                signal = next((each for each in Signal if each and each in text), Signal.NONE)
+                return UserReply(text.replace(signal, "").strip() if signal else text, signal)
+            tools.run(_read_call(match[1]), len(said))
+        return UserReply("", Signal.OUT_OF_SCOPE)
+
+    def _messages(
+        self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None
+    ) -> list[dict[str, str]]:
+        """The conversation as the model that plays the user sees it, its own calls among what was said."""
+        system = f"{self._guidelines}\n\n{render_scenario(scenario)}"
+        if tools is not None:
+            system += "\n\n" + "\n".join([TOOL_GUIDELINES, *(json.dumps(each["function"]) for each in tools.schemas)])
+        messages = [{"role": "system", "content": system}]
         if said[0].role == "user":  # endpoints want a conversation to be opened by the other side
             messages.append({"role": "user", "content": "Hello, what can I do for you?"})
-        messages += [{"role": roles[message.role], "content": message.content} for message in said]
-        reply = await self._endpoint.complete(messages)
-        if reply.status != CallStatus.OK:
-            return UserReply("", status=reply.status, reason=reply.reason)
-        text = reply.text.rsplit("</think>", 1)[-1].strip()
-        signal = next((each for each in Signal if each and each in text), Signal.NONE)
-        return UserReply(text.replace(signal, "").strip() if signal else text, signal)
+        roles = {"assistant": "user", "user": "assistant"}  # for the model that plays it, the user is itself
+        calls = tools.calls if tools is not None else []
+        for number, message in enumerate(said, start=1):
+            messages.append({"role": roles[message.role], "content": message.content})
+            for made in (each for each in calls if each.num_said == number):
+                spelled = json.dumps({"name": made.call.name, "arguments": made.call.arguments}, ensure_ascii=False)
+                messages.append({"role": "assistant", "content": f"<tool_call>{spelled}</tool_call>"})
+                messages.append({"role": "user", "content": f"<tool_response>{made.result}</tool_response>"})
+        return messages
+
+
+def _read_call(text: str) -> ToolCall:
+    """The call between the tags; one that is none has its `error`."""
+    try:
+        read = json.loads(text)
+    except ValueError:
+        read = None
+    if not isinstance(read, dict) or not isinstance(read.get("name"), str):
+        return ToolCall(text.strip(), {}, "a call is one JSON object with a name and arguments")
+    arguments = read.get("arguments") or {}
+    if not isinstance(arguments, dict):
+        return ToolCall(read["name"], {}, "the arguments of a call are a JSON object")
+    return ToolCall(read["name"], arguments)
 
 
 def render_scenario(scenario: UserScenario) -> str:

@@ -1,6 +1,6 @@
 """Gold replay and the no-op baselines of a tau2 domain, as one JSON line a task; run by the interpreter that has it.
 
-python -m orchestra_jax.environments.tau2.replay retail
+python -m orchestra_jax.environments.tau2.replay retail [--checkout DIR] [--any_version]
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestra_jax.environments.tau2.session import Tau2Session
-from orchestra_jax.environments.tau2.toolkits import PACKAGE, Tau2Domain
+from orchestra_jax.environments.tau2.source import domain_of_command_line
+from orchestra_jax.environments.tau2.toolkits import Tau2Domain
 
 
 def replay_gold(domain: Tau2Domain, task_id: str) -> Tau2Session:
@@ -47,15 +48,15 @@ def check(domain: Tau2Domain) -> Iterator[dict[str, object]]:
         }
 
 
-def main(name: str) -> None:
-    domain = Tau2Domain(name)
-    print(json.dumps({"package": PACKAGE, "version": domain.version, "digest": domain.digest}))
+def main(arguments: Sequence[str]) -> None:
+    domain = domain_of_command_line(arguments)
+    print(json.dumps({"source": domain.source, "version": domain.version, "digest": domain.digest}))
     for line in check(domain):
         print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
-    except ValueError as error:
+        main(sys.argv[1:])
+    except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -7,14 +7,20 @@ import os
 import pathlib
 import subprocess
 
+from orchestra_jax.environments.tau2.source import command_line
+
 ROOT = pathlib.Path(__file__).parents[3]
 
 
 class Tau2Server:
-    """ValueError if the interpreter has no inspect-evals, or other data than the pinned. Close it in the end."""
+    """The domain of the package or of a checkout (source.load_domain), in that interpreter. Close it in the end.
 
-    def __init__(self, domain: str, server_python: str):
-        command = [server_python, "-m", "orchestra_jax.environments.tau2.worker", domain]
+    ValueError if the interpreter cannot serve it: without what the tools' code needs, or with other data than pinned.
+    """
+
+    def __init__(self, domain: str, server_python: str, checkout: str = "", is_any_version: bool = False):
+        told = command_line(domain, checkout, is_any_version)
+        command = [server_python, "-m", "orchestra_jax.environments.tau2.worker", *told]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -34,6 +40,8 @@ class Tau2Server:
 
     def ask(self, **request: object) -> dict:
         """RuntimeError for what the worker refuses, and for one that has died."""
+        if self._process.stdin.closed:
+            raise RuntimeError("the tau2 worker was closed")
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

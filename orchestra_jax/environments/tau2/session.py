@@ -5,7 +5,7 @@
         COMMUNICATE    each string stands in what the agent said, case and the agent's commas aside
         ACTION         each golden action was made, its compared arguments equal
         ENV_ASSERTION  each assertion holds on the databases as they are
-    and 0 unless agent or user ended the conversation. NL_ASSERTION needs a judge: such a task has no reward here.
+    and 0 unless agent or user ended the conversation. NL_ASSERTION needs a judge: a task with some has no reward here.
 
 Source: sierra-research/tau2-bench, src/tau2/evaluator. As there, a golden action that fails is passed over, and what a
 failing tool has written until then stays.
@@ -23,7 +23,12 @@ from orchestra_jax.environments.tau2.toolkits import Tau2Domain
 
 DEFAULT_BASIS = ("DB", "COMMUNICATE")
 COMMON = ("calculate", "transfer_to_human_agents")  # tools of every domain that touch no database
-NEEDS_A_JUDGE = "NL_ASSERTION"
+
+
+def needs_judge(task: dict) -> bool:
+    """Whether the reward of a task of tau2's file has assertions in words."""
+    criteria = task["evaluation_criteria"]
+    return "NL_ASSERTION" in (criteria.get("reward_basis") or ()) and bool(criteria.get("nl_assertions"))
 
 
 class Tau2Session:
@@ -63,7 +68,7 @@ class Tau2Session:
             "ENV_ASSERTION": self._holds,
         }
         factors = {name: float(checks[name](criteria)) for name in basis if name in checks}
-        if NEEDS_A_JUDGE in basis:
+        if needs_judge(self.task):
             return None, factors
         product = float(is_ended)
         for factor in factors.values():

@@ -1,7 +1,7 @@
-"""tau2's airline and retail tasks under the rollout driver: the benchmark's policy, tools and reward.
+"""tau2's tasks under the rollout driver: the benchmark's policy, tools and reward.
 
 The user is played by a model, or by the script of functions/user.py, which knows no more of a tau2 scenario than its
-sentences. Telecom's user has tools of their own, which no user here can call: that domain can be replayed, not played.
+sentences. Telecom's user has functions of their own, on a phone: they run in the worker too, on the user's database.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import weakref
 from collections.abc import Sequence
 
 from orchestra_jax.data.records import Instance
+from orchestra_jax.environments.functions.function import FunctionBroken
 from orchestra_jax.environments.functions.function_calling import FunctionSettings
 from orchestra_jax.environments.functions.task import FunctionTask, GoldCall, UserScenario
 from orchestra_jax.environments.functions.tools import CallPrice, TellUser
-from orchestra_jax.environments.functions.user import Signal, User
+from orchestra_jax.environments.functions.user import Signal, User, UserCall
 from orchestra_jax.environments.tau2.server import Tau2Server
+from orchestra_jax.environments.tau2.session import needs_judge
 from orchestra_jax.tools.ledger import Totals, make_receipt
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox, refused
 from orchestra_jax.types import CallRecord, CallStatus, Message, Reason, ToolCall
-
-PLAYED = ("airline", "retail")
 
 
 @dataclasses.dataclass
@@ -34,6 +34,26 @@ class Tau2Episode:
     said: list[Message]
     transcript: list[tuple[ToolCall, str]] = dataclasses.field(default_factory=list)
     signal: Signal = Signal.NONE
+    user_tools: _UserTools | None = None
+
+
+class _UserTools:
+    """The user's functions of one episode, run in the worker: a `UserTools` (functions/user.py)."""
+
+    def __init__(self, server: Tau2Server, schemas: Sequence[dict], number: int):
+        self.schemas, self.calls = schemas, []
+        self._server, self._number = server, number
+
+    def run(self, call: ToolCall, num_said: int) -> str:
+        result = call.error and f"Error: {call.error}"
+        if not call.error:
+            asked = {"session": self._number, "name": call.name, "arguments": call.arguments, "side": "user"}
+            try:
+                result = self._server.ask(do="call", **asked)["text"]
+            except RuntimeError as error:
+                raise FunctionBroken(str(error)) from error
+        self.calls.append(UserCall(num_said, call, result))
+        return result
 
 
 class _Tool:
@@ -51,7 +71,8 @@ class _Tool:
             return refused(self.name, f"all {episode.max_calls} calls are spent", Reason.TOO_MANY_CALLS)
         price = {"service_s": self._price.latency_s, "fixed_cost_usd": self._price.cost_usd}
         try:
-            text = self._server.ask(do="call", session=episode.number, name=self.name, arguments=arguments)["text"]
+            asked = {"session": episode.number, "name": self.name, "arguments": arguments, "side": "assistant"}
+            text = self._server.ask(do="call", **asked)["text"]
         except RuntimeError as error:
             receipt = make_receipt(self.name, **price, status=CallStatus.FAILED, reason=Reason.BROKEN_FUNCTION)
             return ToolResult(str(error), "failed", receipt, CallStatus.FAILED)
@@ -60,19 +81,27 @@ class _Tool:
 
 
 class Tau2Calling:
-    """An `Environment` (environment.py). ValueError for a domain that can only be replayed.
+    """An `Environment` (environment.py). ValueError for a domain that the interpreter cannot serve (server.py).
 
-    `tasks` are the domain's, in the order of its file.
+    `tasks` are the domain's whose reward needs no judge, in the order of its file; `judged_task_ids` are the others.
+    `user_schemas` are the functions of the domain's user, if there are any.
     """
 
-    def __init__(self, domain: str, server_python: str, user: User, settings: FunctionSettings):
-        if domain not in PLAYED:
-            raise ValueError(f"tau2 domain {domain!r} is not one of {PLAYED}: it can be replayed, not played")
-        self._server, self._settings = Tau2Server(domain, server_python), settings
+    def __init__(
+        self,
+        domain: str,
+        server_python: str,
+        user: User,
+        settings: FunctionSettings,
+        checkout: str = "",
+        is_any_version: bool = False,
+    ):
+        self._server, self._settings = Tau2Server(domain, server_python, checkout, is_any_version), settings
         described = self._server.ask(do="describe")
         self.version, self.digest = described["version"], described["digest"]
-        self._policy = described["policy"]
-        self.tasks = tuple(read_task(domain, each) for each in described["tasks"])
+        self._policy, self.user_schemas = described["policy"], described["user_schemas"]
+        self.tasks = tuple(read_task(domain, each) for each in described["tasks"] if not needs_judge(each))
+        self.judged_task_ids = tuple(each["id"] for each in described["tasks"] if needs_judge(each))
         tools = [_Tool(self._server, schema, settings.price) for schema in described["schemas"]]
         self.toolbox = Toolbox([*tools, TellUser(user)], settings.tool_timeout_s)
         self.max_calls = settings.max_calls
@@ -81,6 +110,8 @@ class Tau2Calling:
         task = instance.task
         number = self._server.ask(do="open", task_id=task.task_id)["session"]
         episode = Tau2Episode(task, number, self.max_calls, [Message("user", task.scenario.reason_for_call)])
+        if self.user_schemas:
+            episode.user_tools = _UserTools(self._server, self.user_schemas, number)
         weakref.finalize(episode, _forget, self._server, number)  # one that is cut is never judged
         return episode
 
@@ -130,7 +161,7 @@ class Tau2Calling:
 def _forget(server: Tau2Server, number: int) -> None:
     try:
         server.ask(do="close", session=number)
-    except (RuntimeError, ValueError):  # the worker has ended, or was closed
+    except RuntimeError:  # the worker has ended, or was closed
         pass
 
 

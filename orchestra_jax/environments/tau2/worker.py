@@ -1,11 +1,13 @@
 """Serves one tau2 domain over standard input and output, a JSON object a line; run by the interpreter that has it.
 
-    {"do": "describe"}                                    -> {"version", "digest", "policy", "schemas", "tasks"}
-    {"do": "open", "task_id"}                             -> {"session"}
-    {"do": "call", "session", "name", "arguments"}        -> {"text", "has_raised"}
-    {"do": "say", "session", "text"}                      -> {}
-    {"do": "reward", "session", "is_ended"}               -> {"reward", "factors"}
-    {"do": "close", "session"}                            -> {}
+    {"do": "describe"}                                   -> {"version", "digest", "policy", "schemas", "user_schemas",
+                                                             "tasks"}
+    {"do": "open", "task_id"}                            -> {"session"}
+    {"do": "call", "session", "name", "arguments",
+     "side": "assistant" or "user"}                      -> {"text", "has_raised"}
+    {"do": "say", "session", "text"}                     -> {}
+    {"do": "reward", "session", "is_ended"}              -> {"reward", "factors"}
+    {"do": "close", "session"}                           -> {}
 
 A mistake is answered with {"error": sentence}.
 """
@@ -15,8 +17,10 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 
 from orchestra_jax.environments.tau2.session import Tau2Session
+from orchestra_jax.environments.tau2.source import domain_of_command_line
 from orchestra_jax.environments.tau2.toolkits import Tau2Domain
 
 
@@ -35,7 +39,8 @@ class Sessions:
                 "version": domain.version,
                 "digest": domain.digest,
                 "policy": domain.policy,
-                "schemas": domain.schemas(),
+                "schemas": domain.schemas("assistant"),
+                "user_schemas": domain.schemas("user"),
                 "tasks": list(domain.tasks.values()),
             }
         if request["do"] == "open":
@@ -44,7 +49,7 @@ class Sessions:
             return {"session": number}
         session = self._open[request["session"]]
         if request["do"] == "call":
-            text, has_raised = session.call(request["name"], request["arguments"])
+            text, has_raised = session.call(request["name"], request["arguments"], request["side"])
             return {"text": text, "has_raised": has_raised}
         if request["do"] == "say":
             session.say(request["text"])
@@ -56,10 +61,10 @@ class Sessions:
         return {}
 
 
-def serve(name: str) -> None:
+def serve(arguments: Sequence[str]) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what a tool prints must not get between the answers
     try:
-        sessions = Sessions(Tau2Domain(name))
+        sessions = Sessions(domain_of_command_line(arguments))
     except (ValueError, ImportError) as error:
         print(json.dumps({"error": str(error)}), file=answers, flush=True)
         return
@@ -73,4 +78,4 @@ def serve(name: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1:])

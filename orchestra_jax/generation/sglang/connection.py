@@ -1,6 +1,6 @@
 """HTTP to one SGLang server: bodies in, bodies out; what goes wrong on the way is a ServerFailure with its Reason.
 
-A 4xx that says that the request itself is wrong is a ValueError instead: it would be wrong the next time too.
+A 4xx that says that the request itself is wrong is a Refused instead: it would be wrong the next time too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ class ServerFailure(Exception):
     def __init__(self, reason: Reason, told: str):
         super().__init__(told)
         self.reason = reason
+
+
+class Refused(ValueError):
+    """A 4xx that says that the request itself is wrong, or that the server does not know its path."""
+
+    def __init__(self, status: int, told: str):
+        super().__init__(told)
+        self.status = status
 
 
 class Sessions:
@@ -73,7 +81,7 @@ class Connection:
         self.url, self._sessions = url.rstrip("/"), sessions
 
     async def post(self, path: str, body: dict, timeout_s: float, headers: dict[str, str] | None = None) -> object:
-        """The JSON of the reply, or its text where it is none. ServerFailure, or ValueError for a request refused."""
+        """The JSON of the reply, or its text where it is none. ServerFailure, or Refused."""
         async with self._ask("POST", path, body, timeout_s, headers) as response:
             return _decoded(await response.text())
 
@@ -123,7 +131,7 @@ def _refuse(where: str, status: int, text: str) -> None:
         raise ServerFailure(Reason.RATE_LIMITED, told)
     if status >= 500 or status in RETRYABLE_STATUSES:
         raise ServerFailure(Reason.SERVER_ERROR, told)
-    raise ValueError(told)
+    raise Refused(status, told)
 
 
 def _decoded(text: str) -> object:

@@ -1,5 +1,6 @@
 """tau2's tasks under the rollout driver, the toolkits in the interpreter that has them; skipped without one."""
 
+import json
 import sys
 
 import pytest
@@ -8,22 +9,35 @@ from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY, load_chat
 from orchestra_jax.data.records import Instance, Preference
 from orchestra_jax.environments.functions.function_calling import FunctionSettings
-from orchestra_jax.environments.functions.user import ScriptedUser
+from orchestra_jax.environments.functions.user import ModelUser, ScriptedUser
 from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.environments.tau2.server import Tau2Server
 from orchestra_jax.environments.tau2.tau2_calling import Tau2Calling, read_task
+from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
 from orchestra_jax.types import EpisodeStatus, ToolCall
 from tests.environments.tau2.test_tau2_replay import PYTHON, needs_tau2
+from tests.experts.conftest import completion, endpoint  # noqa: F401
 
 SETTINGS = FunctionSettings(is_compact=False, max_calls=40)
 
 
+def spelled(environment, task):
+    """The golden calls of a task: the user's own as what the policy asks the user for."""
+    users = {schema["function"]["name"] for schema in environment.user_schemas}
+    for each in task.gold_calls:
+        if each.name in users:
+            yield ToolCall("tell_user", {"text": f"Please make {each.name}({json.dumps(each.arguments)}) now."})
+        else:
+            yield ToolCall(each.name, each.arguments)
+
+
 @needs_tau2
 @pytest.mark.slow
-def test_gold_through_the_driver_has_reward_one_and_less_has_not():
-    environment = Tau2Calling("retail", PYTHON, ScriptedUser(), SETTINGS)
+@pytest.mark.parametrize("domain", ["retail", "telecom"])
+def test_gold_through_the_driver_has_reward_one_and_less_has_not(domain):
+    environment = Tau2Calling(domain, PYTHON, ScriptedUser(), SETTINGS)
     chat = load_chat(SMALL_TOKENIZER_DIRECTORY, "qwen3")
     told = {task.task_id: "; ".join(task.communicate_info) or "Done." for task in environment.tasks}
     chosen = [task for task in environment.tasks if len(task.gold_calls) >= 3][:12]
@@ -32,7 +46,7 @@ def test_gold_through_the_driver_has_reward_one_and_less_has_not():
     def play(num_dropped):
         scripts = {}
         for task in chosen:
-            calls = [ToolCall(each.name, each.arguments) for each in task.gold_calls]
+            calls = list(spelled(environment, task))
             scripts[task.task_id] = [
                 *calls[: len(calls) - num_dropped],
                 ToolCall("tell_user", {"text": told[task.task_id]}),
@@ -52,9 +66,42 @@ def test_gold_through_the_driver_has_reward_one_and_less_has_not():
     environment.close()
 
 
-def test_what_cannot_be_played_or_served_is_said():
-    with pytest.raises(ValueError, match="'telecom' is not one of .*: it can be replayed, not played"):
-        Tau2Calling("telecom", sys.executable, ScriptedUser(), SETTINGS)
+@needs_tau2
+@pytest.mark.slow
+def test_a_model_plays_the_user_of_telecom_on_the_users_phone(endpoint, completion):  # noqa: F811
+    answers = iter(
+        [
+            '<tool_call>{"name": "check_status_bar", "arguments": {}}</tool_call>',
+            "It has no service.",
+            '<tool_call>{"name": "toggle_airplane_mode", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "toggle_data", "arguments": {}}</tool_call>',
+            "It works. ###STOP###",
+        ]
+    )
+    endpoint.respond = lambda body: completion(next(answers))
+    user = ModelUser(EndpointExpert(endpoint.url, "user-model", timeout_s=120))
+    environment = Tau2Calling("telecom", PYTHON, user, SETTINGS)
+    chat = load_chat(SMALL_TOKENIZER_DIRECTORY, "qwen3")
+    toggles = ["toggle_airplane_mode", "toggle_data"]
+    task = next(each for each in environment.tasks if [call.name for call in each.gold_calls] == toggles)
+    texts = ["What does your status bar show?", "Turn airplane mode off and mobile data on."]
+
+    def script(session_id, turn, prompt_tokens):
+        return chat_format.encode_turn(chat, "", [ToolCall("tell_user", {"text": texts[turn]})])
+
+    instance = Instance(task.task_id, task, Preference("any", "Any.", {}), (), 0)
+    config = RolloutConfig(20_000, 400_000, 1, 1.0, 0.2, 200.0)
+    (group,) = run_groups([instance], 1, environment, ScriptedEngine(script, 0), chat, config, 0)
+    (trajectory,) = group.trajectories
+    assert trajectory.objectives["outcome"] == 1.0 and trajectory.calls[0].result_text == "It has no service."
+    last = endpoint.requests[-1][2]["messages"]
+    assert '"check_status_bar"' in last[0]["content"]
+    looked = next(number for number, each in enumerate(last) if "check_status_bar" in each["content"] and number)
+    assert "Airplane Mode" in last[looked + 1]["content"]  # its own screen, which it alone sees
+    environment.close()
+
+
+def test_what_cannot_be_served_is_said():
     with pytest.raises(ValueError, match="the interpreter '/no/python' of tau2's retail cannot be run"):
         Tau2Server("retail", "/no/python")
     with pytest.raises(ValueError, match="does not serve tau2's chess: tau2 domain 'chess' is not one of"):

@@ -25,9 +25,9 @@ needs_tau2 = pytest.mark.skipif(not PYTHON, reason="inspect-evals is not install
 EXPECTED = {"airline": (50, 19, 20), "retail": (114, 7, 11), "telecom": (114, 0, 0)}
 
 
-def run(code, *arguments):
+def run(code, *arguments, python=PYTHON):
     result = subprocess.run(
-        [PYTHON, *code, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [python, *code, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -49,8 +49,8 @@ import json, sys
 from inspect_evals.tau2.common.scorer import get_expected_db
 from inspect_evals.tau2.data_model.tasks import Task
 from orchestra_jax.environments.tau2.session import Tau2Session
-from orchestra_jax.environments.tau2.toolkits import Tau2Domain
-domain = Tau2Domain(sys.argv[1])
+from orchestra_jax.environments.tau2.source import load_domain
+domain = load_domain(sys.argv[1])
 for task_id in list(domain.tasks)[:: int(sys.argv[2])]:
     actions = Task.model_validate(domain.tasks[task_id]).evaluation_criteria.actions
     if not actions:

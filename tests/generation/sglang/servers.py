@@ -5,11 +5,16 @@ come. What the real server answers was recorded from sglang 0.5.23; test_real_se
 """
 
 import asyncio
+import base64
+import io
 import json
 import pathlib
+import pickle
 import threading
 
 import aiohttp
+import ml_dtypes
+import numpy as np
 from aiohttp import web
 
 from orchestra_jax.generation.engine import Sampling
@@ -38,6 +43,46 @@ def rollout(prompt, version, count):
     for _ in range(count):
         tokens.append(next_token(tokens, version))
     return tokens[len(prompt) :]
+
+
+class TensorReader(pickle.Unpickler):
+    """Reads a pickle of torch tensors without torch: arrays in their place."""
+
+    def find_class(self, module, name):
+        known = {
+            ("torch.storage", "_load_from_bytes"): read_storage,
+            ("torch._utils", "_rebuild_tensor_v2"): rebuild_array,
+            ("collections", "OrderedDict"): dict,
+        }
+        return known[module, name]
+
+
+class StorageReader(pickle.Unpickler):
+    def find_class(self, module, name):
+        types = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16}
+        return {("torch", storage): dtype for storage, dtype in types.items()}[module, name]
+
+    def persistent_load(self, reference):
+        return reference
+
+
+def read_storage(data):
+    """A storage as torch.save wrote it before its zip files."""
+    file = io.BytesIO(data)
+    magic, version, platform, reference, keys = (StorageReader(file).load() for _ in range(5))
+    kind, dtype, key, location, count, view = reference
+    assert (magic, version, platform["little_endian"]) == (0x1950A86A20F9469CFC6C, 1001, True)
+    assert (kind, location, view, keys) == ("storage", "cpu", None, [key])
+    assert int.from_bytes(file.read(8), "little") == count
+    array = np.frombuffer(file.read(), dtype)
+    assert len(array) == count
+    return array
+
+
+def rebuild_array(storage, offset, shape, strides, needs_gradient, hooks):
+    assert (needs_gradient, hooks) == (False, {})
+    strides = [stride * storage.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides)
 
 
 class LocalServer:
@@ -104,6 +149,7 @@ class ProtocolServer(LocalServer):
         self.is_dead = False  # what an id outside the vocabulary does to the real one
         self.fail_update = self.leave_stale = self.is_busy = False
         self.is_released = False
+        self.has_sessions, self.is_session_open, self.num_ranks = True, False, 1
         self.peak, self._under_way = 0, 0
 
     async def open(self):
@@ -160,11 +206,39 @@ class ProtocolServer(LocalServer):
         if self.fail_update or not files:
             return web.json_response({"success": False, "message": "no weights", "num_paused_requests": 0}, status=400)
         self.loaded.append((pathlib.Path(body["model_path"]).name, files[0].read_bytes()))
+        return self._updated(body)
+
+    def server_info(self, body):
+        return web.json_response({"tp_size": self.num_ranks})
+
+    def begin_weight_update(self, body):
+        if not self.has_sessions:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        if self.is_session_open:
+            message = "a weight-update session is already open; call end_weight_update() first"
+            return web.json_response({"success": False, "message": message}, status=400)
+        self.is_session_open = True
+        return web.json_response({"success": True, "message": "Success"})
+
+    def end_weight_update(self, body):
+        assert self.is_session_open
+        self.is_session_open = False
+        return web.json_response({"success": True, "message": "Success"})
+
+    def update_weights_from_tensor(self, body):
+        if self.fail_update or self.has_sessions != self.is_session_open:
+            return web.json_response({"success": False, "message": "no session"}, status=400)
+        ranks = [TensorReader(io.BytesIO(base64.b64decode(each))).load() for each in body["serialized_named_tensors"]]
+        assert len(ranks) == self.num_ranks
+        self.loaded.append((body["weight_version"], dict(ranks[-1])))
+        return self._updated(body)
+
+    def _updated(self, body):
         if self.is_busy:
             message = "Weights were updated, but the cache was not flushed because requests are still running or queued"
             return web.json_response({"success": False, "message": message}, status=400)
         if not self.leave_stale:
-            self.label = body["weight_version"]
+            self.label = body["weight_version"] or self.label
         return web.json_response({"success": True, "message": "Succeeded.", "num_paused_requests": 0})
 
     async def _generate(self, request, body):

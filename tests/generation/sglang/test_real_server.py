@@ -47,9 +47,12 @@ SHARPNESS = 3.0  # of the last norm: a random model is almost uniform without it
 
 @pytest.fixture(scope="module")
 def server_python():
+    if named := os.environ.get("SGLANG_PYTHON"):
+        assert os.access(named, os.X_OK), f"SGLANG_PYTHON={named} names no interpreter"
+        return named
     name = f"sglang_cpu_{hashlib.sha256(RECIPE.read_bytes()).hexdigest()[:12]}"
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    python = os.environ.get("SGLANG_PYTHON") or str(cache / "orchestra_jax" / name / "bin" / "python")
+    python = str(cache / "orchestra_jax" / name / "bin" / "python")
     if not os.access(python, os.X_OK):
         pytest.skip(f"no environment of a server at {python}: run {RECIPE.relative_to(ROOT)}")
     return python
