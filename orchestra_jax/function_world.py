@@ -28,8 +28,12 @@ from orchestra_jax.environments.functions.tools import TELL_USER, CallPrice
 from orchestra_jax.environments.functions.user import ModelUser, ScriptedUser, User
 from orchestra_jax.experts.catalog import EXPERTS
 from orchestra_jax.experts.endpoint import EndpointExpert
+from orchestra_jax.experts.replay import RecordedExpert
 from orchestra_jax.function_files import check_task_paths
 from orchestra_jax.tools.budget import Account
+from orchestra_jax.tools.faults import FaultyTool
+from orchestra_jax.tools.recording import Store
+from orchestra_jax.toolset import load_limits, open_store
 from orchestra_jax.types import ToolCall
 
 DOMAINS = {"library": (make_library, LIBRARY_WISHES), "courier": (make_courier, COURIER_WISHES)}
@@ -88,12 +92,13 @@ def build_function_preferences(settings: FunctionsConfig) -> tuple[Preference, .
     return tuple(PREFERENCES[name] for name in settings.preferences)
 
 
-def build_user(settings: FunctionsConfig, account: Account) -> User:
+def build_user(settings: FunctionsConfig, account: Account, store: Store | None = None) -> User:
     """ValueError for an endpoint with a key and no prices, and for one that costs money under a cap of 0."""
     if not settings.user_endpoint:
         return ScriptedUser()
-    prices = settings.user_usd_per_million_tokens
-    if len(prices) != 2 and (prices or settings.user_key_variable):
+    prices, key_variable = settings.user_usd_per_million_tokens, settings.user_key_variable
+    is_offline = store is not None and store.is_replay  # nobody is asked
+    if len(prices) != 2 and (prices or key_variable):
         raise ValueError(
             f"functions.user_usd_per_million_tokens {prices} must be the prices of input and output of the user's "
             "endpoint, which the run's spending cap counts with: (0.0, 0.0) for one that bills nobody"
@@ -102,22 +107,29 @@ def build_user(settings: FunctionsConfig, account: Account) -> User:
     endpoint = EndpointExpert(
         settings.user_endpoint,
         settings.user_model,
-        settings.user_key_variable,
+        "" if is_offline else key_variable,
         input_usd_per_million_tokens=input_usd,
         output_usd_per_million_tokens=output_usd,
     )
-    if endpoint.is_paid and not account.cap_usd:
+    if endpoint.is_paid and not account.cap_usd and not is_offline:
         raise ValueError("the user's endpoint costs money and experts.spend_cap_usd is 0: set it to what may be spent")
     endpoint.account = account
-    return ModelUser(endpoint)
+    return ModelUser(endpoint if store is None else RecordedExpert(endpoint, store))
 
 
 def build_function_calling(config: RunConfig, domains: dict[str, Domain], account: Account) -> FunctionCalling:
-    settings = config.functions
+    """ValueError for what `build_user` and `load_limits` refuse, and for tools that a domain does not take."""
+    settings, tools = config.functions, config.tools
+    for name in ("index_directory", "web_provider", "mcp_path"):
+        if getattr(tools, name):
+            raise ValueError(
+                f'tools.{name} {getattr(tools, name)!r} is without effect with environment "functions", whose tools '
+                "are the domain's: leave it out"
+            )
     skills = {expert.model: settings.adviser_skill for expert in EXPERTS}
     return FunctionCalling(
         domains,
-        build_user(settings, account),
+        build_user(settings, account, open_store(config)),
         FunctionSettings(
             config.prompt.rendering == "compact",
             config.world.max_calls,
@@ -126,6 +138,8 @@ def build_function_calling(config: RunConfig, domains: dict[str, Domain], accoun
             config.episode.tool_timeout_s,
         ),
         (lambda model: SimulatedAdviser(skills)) if settings.has_experts else None,
+        (lambda tool: FaultyTool(tool, config.faults)) if config.faults.is_on else (lambda tool: tool),
+        load_limits(tools.limits_path) if tools.limits_path else None,
     )
 
 

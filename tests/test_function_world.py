@@ -1,5 +1,8 @@
 """The function-calling world of a run: who solves it before any training, its tokens, and what a config gets wrong."""
 
+import asyncio
+import json
+
 import numpy as np
 import pytest
 
@@ -11,11 +14,14 @@ from orchestra_jax.components import build_components
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.pipeline import evaluation_instances
 from orchestra_jax.demonstrations import demonstrate
+from orchestra_jax.environments.functions.task import UserScenario
 from orchestra_jax.environments.functions.user import ModelUser
 from orchestra_jax.evaluation.functions import format_solved, summarize
 from orchestra_jax.function_world import build_user
 from orchestra_jax.tools.budget import Account
-from orchestra_jax.types import EpisodeStatus, ToolCall
+from orchestra_jax.tools.recording import Store
+from orchestra_jax.types import EpisodeStatus, Message, Reason, ToolCall
+from tests.experts.conftest import completion, endpoint  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,46 @@ def test_whole_tasks_with_experts_and_a_user_that_a_model_plays():
     assert {len(task.gold_calls) for task in parts.train_tasks} == {1, 2, 3, 4, 5, 6}
     user = build_user(config.functions, Account())
     assert isinstance(user, ModelUser)
+
+
+def test_faults_and_limits_are_those_of_the_functions_too(tmp_path):
+    config = get_config()
+    config.functions.num_databases, config.functions.num_tasks, config.functions.num_test_tasks = 1, 6, 6
+    (tmp_path / "limits.json").write_text(json.dumps({"tell_user": {"timeout_s": 20, "max_attempts": 2}}))
+    config.tools.limits_path, config.faults.busy_rate = str(tmp_path / "limits.json"), 1.0
+    parts = build_components(config)
+    trajectory = play_one(parts, config, ToolCall("tell_user", {"text": "hello"}))
+    receipt = trajectory.receipts[1]
+    assert (receipt.tool, receipt.reason, receipt.attempt) == ("tell_user", Reason.RATE_LIMITED, 2)
+    config.tools.limits_path = ""
+    config.tools.mcp_path = "servers.json"
+    with pytest.raises(ValueError, match="tools.mcp_path 'servers.json' is without effect"):
+        build_components(config)
+
+
+def play_one(parts, config, call):
+    instances = evaluation_instances(parts.test_tasks, parts.preferences, config.world, 1, 0)[:1]
+    groups = demonstrate(instances, 1, parts.environment, parts.chat, parts.rollout, 0, lambda *_: ("", call))
+    return groups[0].trajectories[0]
+
+
+def test_a_user_that_a_model_plays_is_recorded_and_replayed(endpoint, completion, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("SOME_KEY", "k")
+    endpoint.respond = lambda body: completion(f"message {len(endpoint.requests)}")
+    settings = RunConfig().functions
+    settings.user_endpoint, settings.user_model, settings.user_key_variable = endpoint.url, "m", "SOME_KEY"
+    settings.user_usd_per_million_tokens = (1.0, 1.0)
+    scenario, said = UserScenario(reason_for_call="Cakes."), [Message("assistant", "Hello?")]
+
+    def reply(account, mode):
+        user = build_user(settings, account, Store(tmp_path, mode))
+        return asyncio.run(user.reply(scenario, said)).text
+
+    account = Account(1.0)
+    assert [reply(account, "record") for _ in range(2)] == ["message 1"] * 2
+    assert account.spent_usd == pytest.approx(81e-6)
+    monkeypatch.delenv("SOME_KEY")
+    assert reply(Account(0.0), "replay") == "message 1" and len(endpoint.requests) == 1
 
 
 def test_a_user_that_costs_money_has_a_price_and_a_cap(monkeypatch):

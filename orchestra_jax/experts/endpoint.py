@@ -105,8 +105,11 @@ class EndpointExpert:
         return self._limiter.limits.timeout_s
 
     def bound(self, request: ExpertRequest) -> ExpertBound:
+        return self.bound_of(render_messages(request))
+
+    def bound_of(self, messages: Sequence[Mapping[str, str]]) -> ExpertBound:
         """A token has at least one byte, so bytes bound the input tokens; the seconds are not known beforehand."""
-        return ExpertBound(self._most_input_tokens(render_messages(request)), self.max_output_tokens, 0.0)
+        return ExpertBound(self._most_input_tokens(messages), self.max_output_tokens, 0.0)
 
     async def reply(self, request: ExpertRequest) -> ExpertReply:
         """Asks for what the role wants. A reply without it has failed, and is charged."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestra_jax.environments.functions.tools import TELL_USER, AdviceRequest, render_transcript
 from orchestra_jax.experts.endpoint import EndpointExpert
-from orchestra_jax.experts.expert import ExpertReply
+from orchestra_jax.experts.expert import ExpertBound, ExpertReply
 from orchestra_jax.seeds import derive_seed
 
 ADVICE_TOKENS = (600, 60)  # input and output of a simulated reply
@@ -27,6 +27,9 @@ class SimulatedAdviser:
 
     def __init__(self, skills: Mapping[str, float]):
         self._skills = dict(skills)
+
+    def bound(self, request: AdviceRequest) -> ExpertBound:
+        return ExpertBound(*ADVICE_TOKENS, request.offer.latency_s)
 
     async def advise(self, request: AdviceRequest) -> ExpertReply:
         session, offer = request.session, request.offer
@@ -48,12 +51,17 @@ class EndpointAdviser:
     def __init__(self, endpoint: EndpointExpert):
         self._endpoint = endpoint
 
+    def bound(self, request: AdviceRequest) -> ExpertBound:
+        return self._endpoint.bound_of(self._messages(request))
+
     async def advise(self, request: AdviceRequest) -> ExpertReply:
+        return await self._endpoint.complete(self._messages(request))
+
+    def _messages(self, request: AdviceRequest) -> list[dict[str, str]]:
         domain = request.session.domain
         schemas = "\n".join(json.dumps(function.schema["function"]) for function in domain.functions)
         system = f"{INSTRUCTIONS}\n\nRules:\n{domain.policy}\n\nFunctions:\n{schemas}"
-        messages = [
+        return [
             {"role": "system", "content": system},
             {"role": "user", "content": render_transcript(request.session)},
         ]
-        return await self._endpoint.complete(messages)

@@ -16,9 +16,10 @@ from orchestra_jax.environments.functions.success import Gold, judge, run_gold
 from orchestra_jax.environments.functions.task import FunctionTask
 from orchestra_jax.environments.functions.tools import Adviser, CallExpert, CallPrice, FunctionTool, TellUser
 from orchestra_jax.environments.functions.user import User
-from orchestra_jax.environments.question_answering import render_offers
+from orchestra_jax.environments.question_answering import render_budget, render_offers
 from orchestra_jax.tools.ledger import Totals
-from orchestra_jax.tools.tool import Evidence
+from orchestra_jax.tools.limits import Limits
+from orchestra_jax.tools.tool import Evidence, Tool
 from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallRecord, CallStatus, Message
 
@@ -41,6 +42,7 @@ class FunctionSettings:
 class FunctionCalling:
     """An `Environment` (environment.py) over domains by name, which must have the same functions.
 
+    `wrap` may put something between a tool and the toolbox, such as faults; `limits` are those of tools by name.
     ValueError without domains, or for domains whose functions differ.
     """
 
@@ -50,6 +52,8 @@ class FunctionCalling:
         user: User,
         settings: FunctionSettings,
         advisers: Callable[[str], Adviser] | None = None,
+        wrap: Callable[[Tool], Tool] = lambda tool: tool,
+        limits: Mapping[str, Limits] | None = None,
     ):
         signatures = {str([function.schema for function in domain.functions]) for domain in domains.values()}
         if len(signatures) != 1:
@@ -58,7 +62,7 @@ class FunctionCalling:
         functions = next(iter(domains.values())).functions
         tools = [FunctionTool(function, settings.price) for function in functions]
         tools += [TellUser(user)] + ([CallExpert(advisers)] if advisers else [])
-        self.toolbox = Toolbox(tools, settings.tool_timeout_s)
+        self.toolbox = Toolbox([wrap(tool) for tool in tools], settings.tool_timeout_s, limits)
         self.max_calls = settings.max_calls
         self._has_experts = advisers is not None
         self._golds: dict[str, Gold] = {}
@@ -72,6 +76,8 @@ class FunctionCalling:
     def prompt(self, instance: Instance) -> tuple[Sequence[Message], Sequence[dict]]:
         task = self._task(instance)
         parts = [task.scenario.reason_for_call, instance.preference.text, f"calls {self._num_calls(task)}"]
+        if instance.budget.is_limited:
+            parts.append(render_budget(instance.budget))
         if self._has_experts:
             parts.append(render_offers(instance.offers))
         user = Message("user", "\n".join(parts))

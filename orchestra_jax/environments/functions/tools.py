@@ -15,8 +15,9 @@ from orchestra_jax.data.records import Offer
 from orchestra_jax.environments.functions.function import Function, FunctionBroken, FunctionRefused, run_function
 from orchestra_jax.environments.functions.session import Session
 from orchestra_jax.environments.functions.user import Signal, User
-from orchestra_jax.experts.expert import ExpertReply
-from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.experts.expert import ExpertBound, ExpertReply
+from orchestra_jax.tools.budget import Quote
+from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
 from orchestra_jax.tools.tool import ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import refused
 from orchestra_jax.types import CallStatus, Message, Reason, ToolCall
@@ -41,6 +42,9 @@ class FunctionTool:
         self.name, self.description = function.name, function.description
         self.parameters_schema = function.parameters_schema
         self._price = price
+
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        return Quote(self._price.cost_usd, self._price.latency_s)
 
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
         session: Session = context.state
@@ -105,6 +109,10 @@ class AdviceRequest:
 
 
 class Adviser(Protocol):
+    def bound(self, request: AdviceRequest) -> ExpertBound:
+        """The most that the advice can consume."""
+        ...
+
     async def advise(self, request: AdviceRequest) -> ExpertReply:
         """What to do next, in words or as a call."""
         ...
@@ -125,6 +133,14 @@ class CallExpert:
     def __init__(self, advisers: Callable[[str], Adviser]):
         self._advisers = advisers
 
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        offer = context.instance.offer(str(arguments["expert"]))
+        if offer is None:
+            return Quote(0.0)
+        bound = self._advisers(offer.model).bound(self._request(offer, context))
+        prices = offer.input_usd_per_million_tokens, offer.output_usd_per_million_tokens
+        return Quote(token_cost_usd(bound.input_tokens, bound.output_tokens, *prices, 0.0), bound.latency_s)
+
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
         session: Session = context.state
         if context.call_number >= session.max_calls:
@@ -133,8 +149,7 @@ class CallExpert:
         offer = context.instance.offer(alias)
         if offer is None:
             return refused(self.name, f"{alias[:40]!r} is not on offer", Reason.NOT_ON_OFFER)
-        request = AdviceRequest(offer, session, context.instance.seed, context.rollout_index)
-        reply = await self._advisers(offer.model).advise(request)
+        reply = await self._advisers(offer.model).advise(self._request(offer, context))
         receipt = make_receipt(
             self.name,
             service_s=reply.latency_s,
@@ -154,6 +169,9 @@ class CallExpert:
         )
         text = reply.text if reply.status == CallStatus.OK else f"{alias} gave no advice: {reply.reason}"
         return ToolResult(text, text, receipt, reply.status)
+
+    def _request(self, offer: Offer, context: ToolContext) -> AdviceRequest:
+        return AdviceRequest(offer, context.state, context.instance.seed, context.rollout_index)
 
 
 def render_transcript(session: Session) -> str:

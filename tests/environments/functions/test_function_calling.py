@@ -8,7 +8,7 @@ import pytest
 
 from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY, load_chat
-from orchestra_jax.data.records import Instance, Offer, Preference
+from orchestra_jax.data.records import Budget, Instance, Offer, Preference
 from orchestra_jax.environments.functions.advisers import EndpointAdviser, SimulatedAdviser
 from orchestra_jax.environments.functions.domains.library import make_library
 from orchestra_jax.environments.functions.domains.library_tasks import generate_library_tasks
@@ -21,10 +21,11 @@ from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
-from orchestra_jax.types import CallStatus, EpisodeStatus, Message, ToolCall
+from orchestra_jax.types import CallStatus, EpisodeStatus, Message, Reason, ToolCall
 from tests.environments.functions.small_domain import make_domain
 from tests.experts.conftest import completion, endpoint  # noqa: F401
 
+NO_BUDGET = Budget()
 PREFERENCE = Preference("any", "Any.", {"outcome": 1.0})
 OFFER = Offer("expert-1", "gpt-5", False, 2.0, 8.0, 1.5)
 SCENARIO = UserScenario(
@@ -53,13 +54,13 @@ def make_environment(domain=None, user=None, advisers=None, is_compact=False, ma
     return FunctionCalling({domain.name: domain}, user or ScriptedUser(), settings, advisers)
 
 
-def play(environment, turns, task=TASK, rendering="qwen3", group_size=1):
+def play(environment, turns, task=TASK, rendering="qwen3", group_size=1, budget=NO_BUDGET, own_usd=0.2):
     """The trajectories of a group whose episodes all make these calls, turn by turn."""
     chat = load_chat(SMALL_TOKENIZER_DIRECTORY, rendering)
     scripts = [chat_format.encode_turn(chat, "", [turn]) for turn in turns]
     engine = ScriptedEngine(lambda session_id, turn, prompt_tokens: scripts[turn], 0)
-    config = RolloutConfig(2000, 20_000, 1, 1.0, 0.2, 200.0)
-    instance = Instance(task.task_id, task, PREFERENCE, (OFFER,), seed=0)
+    config = RolloutConfig(2000, 20_000, 1, 1.0, own_usd, 200.0)
+    instance = Instance(task.task_id, task, PREFERENCE, (OFFER,), seed=0, budget=budget)
     (group,) = run_groups([instance], group_size, environment, engine, chat, config, seed=0)
     return group.trajectories, chat
 
@@ -91,6 +92,24 @@ def test_calls_cost_what_they_cost():
     functions = [each for each in trajectory.receipts if each.tool in ("get_order", "cancel_order")]
     assert [(each.cost_usd, each.service_s) for each in functions] == [(0.001, 2.0)] * 2
     assert trajectory.objectives["calls/get_order"] == 1.0
+
+
+def test_a_budget_is_told_and_what_cannot_be_paid_is_refused():
+    """A function costs $.001 and 2 s, advice $.00168 and 1.5 s."""
+    ask = ToolCall("call_expert", {"expert": "expert-1"})
+    environment = make_environment(advisers=lambda model: SimulatedAdviser({"gpt-5": 1.0}))
+    (trajectory,), chat = play(
+        environment, [LOOK, ask, CANCEL, tell("jam")], budget=Budget(cost_usd=0.0025), own_usd=0.0
+    )
+    told = chat_format.decode(chat, trajectory.tokens[: trajectory.num_prompt_tokens])
+    assert "budget $0.0025" in told
+    assert [call.status for call in trajectory.calls] == ["ok", "refused", "ok", "ok"]
+    reasons = [each.reason for each in trajectory.receipts if each.tool != "orchestrator"]
+    assert reasons == ["", Reason.OVER_BUDGET, "", ""]
+    assert "this can cost $0.0017" in trajectory.calls[1].result_text
+    (late,), _ = play(environment, [LOOK, LOOK, tell("jam")], budget=Budget(latency_s=4.0))
+    assert [call.status for call in late.calls[:2]] == ["ok", "refused"]
+    assert "this takes 2 s" in late.calls[1].result_text
 
 
 def test_the_user_answers_in_the_conversation():
