@@ -32,7 +32,9 @@ from orchestra_jax.experts.replay import RecordedExpert
 from orchestra_jax.function_files import check_task_paths
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.faults import FaultyTool
+from orchestra_jax.tools.limits import Limits
 from orchestra_jax.tools.recording import Store
+from orchestra_jax.tools.tool import Tool
 from orchestra_jax.toolset import load_limits, open_store
 from orchestra_jax.types import ToolCall
 
@@ -55,8 +57,6 @@ def check_functions(settings: FunctionsConfig) -> None:
     check_task_paths(settings)
     if settings.has_short_wishes and settings.domain != "library":
         raise ValueError(f"functions.has_short_wishes is for the library, not for {settings.domain!r}")
-    if unknown := sorted(set(settings.preferences) - set(PREFERENCES)) or not settings.preferences:
-        raise ValueError(f"functions.preferences {unknown or ()} must be some of {sorted(PREFERENCES)}")
     if not 1 <= settings.num_databases < FIRST_TEST_SEED:
         raise ValueError(f"functions.num_databases {settings.num_databases} must lie in 1 to {FIRST_TEST_SEED - 1}")
     if not settings.difficulties or min(settings.difficulties) < 1 or settings.num_spare_calls < 0:
@@ -89,6 +89,9 @@ def build_function_tasks(
 
 
 def build_function_preferences(settings: FunctionsConfig) -> tuple[Preference, ...]:
+    """ValueError for none, and for one that there is not."""
+    if unknown := sorted(set(settings.preferences) - set(PREFERENCES)) or not settings.preferences:
+        raise ValueError(f"functions.preferences {unknown or ()} must be some of {sorted(PREFERENCES)}")
     return tuple(PREFERENCES[name] for name in settings.preferences)
 
 
@@ -117,29 +120,41 @@ def build_user(settings: FunctionsConfig, account: Account, store: Store | None 
     return ModelUser(endpoint if store is None else RecordedExpert(endpoint, store))
 
 
-def build_function_calling(config: RunConfig, domains: dict[str, Domain], account: Account) -> FunctionCalling:
-    """ValueError for what `build_user` and `load_limits` refuse, and for tools that a domain does not take."""
-    settings, tools = config.functions, config.tools
+def build_call_settings(config: RunConfig) -> FunctionSettings:
+    return FunctionSettings(
+        config.prompt.rendering == "compact",
+        config.world.max_calls,
+        config.functions.num_spare_calls,
+        CallPrice(config.functions.call_cost_usd, config.functions.call_latency_s),
+        config.episode.tool_timeout_s,
+    )
+
+
+def build_wrap_and_limits(config: RunConfig) -> tuple[Callable[[Tool], Tool], dict[str, Limits] | None]:
+    """What stands between a domain's tools and the toolbox: faults, and limits by name.
+
+    ValueError for what `load_limits` refuses, and for tools that a domain does not take.
+    """
     for name in ("index_directory", "web_provider", "mcp_path"):
-        if getattr(tools, name):
+        if value := getattr(config.tools, name):
             raise ValueError(
-                f'tools.{name} {getattr(tools, name)!r} is without effect with environment "functions", whose tools '
-                "are the domain's: leave it out"
+                f"tools.{name} {value!r} is without effect with environment {config.environment!r}, whose tools are "
+                "the domain's: leave it out"
             )
+    limits = load_limits(config.tools.limits_path) if config.tools.limits_path else None
+    return (lambda tool: FaultyTool(tool, config.faults)) if config.faults.is_on else (lambda tool: tool), limits
+
+
+def build_function_calling(config: RunConfig, domains: dict[str, Domain], account: Account) -> FunctionCalling:
+    """ValueError for what `build_user` and `build_wrap_and_limits` refuse."""
+    settings = config.functions
     skills = {expert.model: settings.adviser_skill for expert in EXPERTS}
     return FunctionCalling(
         domains,
         build_user(settings, account, open_store(config)),
-        FunctionSettings(
-            config.prompt.rendering == "compact",
-            config.world.max_calls,
-            settings.num_spare_calls,
-            CallPrice(settings.call_cost_usd, settings.call_latency_s),
-            config.episode.tool_timeout_s,
-        ),
+        build_call_settings(config),
         (lambda model: SimulatedAdviser(skills)) if settings.has_experts else None,
-        (lambda tool: FaultyTool(tool, config.faults)) if config.faults.is_on else (lambda tool: tool),
-        load_limits(tools.limits_path) if tools.limits_path else None,
+        *build_wrap_and_limits(config),
     )
 
 

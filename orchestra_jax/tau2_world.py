@@ -11,28 +11,29 @@ from absl import logging
 
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.records import Instance
-from orchestra_jax.environments.functions.function_calling import FunctionSettings
 from orchestra_jax.environments.functions.task import FunctionTask
-from orchestra_jax.environments.functions.tools import TELL_USER, CallPrice
+from orchestra_jax.environments.functions.tools import TELL_USER
 from orchestra_jax.environments.tau2.tau2_calling import Tau2Calling
-from orchestra_jax.function_world import build_user
+from orchestra_jax.function_world import build_call_settings, build_user, build_wrap_and_limits
 from orchestra_jax.tools.budget import Account
+from orchestra_jax.toolset import open_store
 from orchestra_jax.types import ToolCall
 
 
 def build_tau2_calling(config: RunConfig, account: Account) -> Tau2Calling:
-    """Close it in the end. ValueError for a compact prompt, and for what the domain's interpreter cannot serve."""
+    """Close it in the end. ValueError for a compact prompt, for what the domain's interpreter cannot serve, and for
+    what `build_user` and `build_wrap_and_limits` refuse."""
     if config.prompt.rendering == "compact":
         raise ValueError('environment "tau2" has a policy and schemas to read: set prompt.rendering to "qwen3"')
-    settings, functions = config.tau2, config.functions
-    price = CallPrice(functions.call_cost_usd, functions.call_latency_s)
+    settings = config.tau2
     environment = Tau2Calling(
         settings.domain,
         settings.server_python or sys.executable,
-        build_user(functions, account),
-        FunctionSettings(False, config.world.max_calls, price=price, tool_timeout_s=config.episode.tool_timeout_s),
+        build_user(config.functions, account, open_store(config)),
+        build_call_settings(config),
         settings.checkout,
         settings.takes_any_version,
+        *build_wrap_and_limits(config),
     )
     logging.info("%s: %s %s, data %s", settings.domain, environment.source, environment.version, environment.digest)
     if environment.judged_task_ids:

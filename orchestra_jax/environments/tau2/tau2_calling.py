@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.functions.function import FunctionBroken
@@ -16,10 +16,13 @@ from orchestra_jax.environments.functions.function_calling import FunctionSettin
 from orchestra_jax.environments.functions.task import FunctionTask, GoldCall, UserScenario
 from orchestra_jax.environments.functions.tools import CallPrice, TellUser
 from orchestra_jax.environments.functions.user import Signal, User, UserCall
+from orchestra_jax.environments.question_answering import render_budget
 from orchestra_jax.environments.tau2.server import Tau2Server
 from orchestra_jax.environments.tau2.session import needs_judge
+from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import Totals, make_receipt
-from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
+from orchestra_jax.tools.limits import Limits
+from orchestra_jax.tools.tool import Evidence, Tool, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox, refused
 from orchestra_jax.types import CallRecord, CallStatus, Message, Reason, ToolCall
 
@@ -65,6 +68,9 @@ class _Tool:
         self.parameters_schema = function["parameters"]
         self._server, self._price = server, price
 
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        return Quote(self._price.cost_usd, self._price.latency_s)
+
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
         episode: Tau2Episode = context.state
         if context.call_number >= episode.max_calls:
@@ -84,7 +90,8 @@ class Tau2Calling:
     """An `Environment` (environment.py). ValueError for a domain that the interpreter cannot serve (server.py).
 
     `tasks` are the domain's whose reward needs no judge, in the order of its file; `judged_task_ids` are the others,
-    `splits` the ids by name of a split. `user_schemas` are the functions of the domain's user, if there are any.
+    `splits` the ids by name of a split. `user_schemas` are the functions of the domain's user, if there are any. `wrap`
+    and `limits` are those of functions/function_calling.py.
     """
 
     def __init__(
@@ -95,6 +102,8 @@ class Tau2Calling:
         settings: FunctionSettings,
         checkout: str = "",
         is_any_version: bool = False,
+        wrap: Callable[[Tool], Tool] = lambda tool: tool,
+        limits: Mapping[str, Limits] | None = None,
     ):
         self._server, self._settings = Tau2Server(domain, server_python, checkout, is_any_version), settings
         described = self._server.ask(do="describe")
@@ -104,7 +113,7 @@ class Tau2Calling:
         self.tasks = tuple(read_task(domain, each) for each in described["tasks"] if not needs_judge(each))
         self.judged_task_ids = tuple(each["id"] for each in described["tasks"] if needs_judge(each))
         tools = [_Tool(self._server, schema, settings.price) for schema in described["schemas"]]
-        self.toolbox = Toolbox([*tools, TellUser(user)], settings.tool_timeout_s)
+        self.toolbox = Toolbox([wrap(tool) for tool in (*tools, TellUser(user))], settings.tool_timeout_s, limits)
         self.max_calls = settings.max_calls
 
     def open(self, instance: Instance) -> Tau2Episode:
@@ -128,8 +137,10 @@ class Tau2Calling:
             }
             for each in self.toolbox.tools
         ]
-        user = f"{instance.task.scenario.reason_for_call}\n{instance.preference.text}"
-        return [Message("system", self._policy), Message("user", user)], schemas
+        parts = [instance.task.scenario.reason_for_call, instance.preference.text]
+        if instance.budget.is_limited:
+            parts.append(render_budget(instance.budget))
+        return [Message("system", self._policy), Message("user", "\n".join(parts))], schemas
 
     def is_evidence_present(self, instance: Instance, evidence: Evidence) -> bool:
         return False
