@@ -22,6 +22,7 @@ def small_config(directory):
     config.jax_engine.max_tokens, config.jax_engine.num_rows = 1024, 16
     config.warm_start.num_steps, config.warm_start.num_groups = 1, 2
     config.grpo.num_steps, config.grpo.num_groups, config.grpo.groups_per_update = 1, 2, 2
+    config.grpo.prefix_buckets, config.grpo.completion_buckets = (1024,), (256,)
     config.grpo.min_group_std, config.evaluation.num_per_preference = 0.0, 1
     return config
 
