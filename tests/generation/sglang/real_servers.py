@@ -1,4 +1,4 @@
-"""Real SGLang 0.5.23 servers on CPU with a tiny random Qwen3, started by experiments/serve_policy.py; questions to them."""
+"""Real SGLang 0.5.23 servers on CPU with a tiny random Qwen3, started by experiments/serve_policy.py."""
 
 import asyncio
 import contextlib
