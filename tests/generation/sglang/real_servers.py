@@ -100,6 +100,11 @@ class Served:
         started = re.findall(rf"{url} starts with .* as process (\d+)", self.log.read_text())
         return int(started[-1])
 
+    def num_generated(self, url):
+        """Requests of /generate that the server has answered, under whatever process."""
+        log = self.directory / f"server_{url.rpartition(':')[2]}.log"
+        return log.read_text(errors="replace").count('"POST /generate HTTP')
+
     def engine(self, **settings):
         model_config = served_model_config(self.config)
         config = dataclasses.replace(self.config.sglang, **settings)
