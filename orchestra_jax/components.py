@@ -53,6 +53,7 @@ from orchestra_jax.optimizers import check_optimizer
 from orchestra_jax.rewards.normalization import RANGE_RULES
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.preference import FORMS
+from orchestra_jax.tau2_world import build_tau2_calling, golden_turn, tasks_of_split
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
 from orchestra_jax.toolset import build_judge, build_toolbox, load_descriptions
@@ -369,7 +370,19 @@ def _build_functions(config: RunConfig, account: Account, opened: contextlib.Exi
     )
 
 
-WORLDS = {"question_answering": _build_questions, "functions": _build_functions}
+def _build_tau2(config: RunConfig, account: Account, opened: contextlib.ExitStack) -> World:
+    environment = build_tau2_calling(config, account)
+    opened.callback(environment.close)
+    return World(
+        environment,
+        tasks_of_split(environment, "train"),
+        tasks_of_split(environment, "test"),
+        build_function_preferences(config.functions),
+        golden_turn,
+    )
+
+
+WORLDS = {"question_answering": _build_questions, "functions": _build_functions, "tau2": _build_tau2}
 
 
 def build_components(config: RunConfig) -> Components:

@@ -105,6 +105,17 @@ class FunctionsConfig:
 
 
 @dataclasses.dataclass
+class Tau2Config:
+    """tau2-bench's tasks of environment "tau2": see tau2_world. Prices of calls, preferences and the user are those of
+    `functions`."""
+
+    domain: str = "retail"  # or "airline", "telecom"
+    server_python: str = ""  # an interpreter that has the domain's code; empty: this one
+    checkout: str = ""  # of tau2-bench; empty: the package inspect-evals
+    takes_any_version: bool = False  # data other than the pinned, too
+
+
+@dataclasses.dataclass
 class EpisodeConfig:
     max_turn_tokens: int = 32
     max_tokens: int = 192  # prompt and all turns
@@ -128,7 +139,7 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 320
+    num_steps: int = 400
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts
@@ -213,6 +224,7 @@ class RunConfig:
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     functions: FunctionsConfig = dataclasses.field(default_factory=FunctionsConfig)
+    tau2: Tau2Config = dataclasses.field(default_factory=Tau2Config)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     tools: ToolsConfig = dataclasses.field(default_factory=ToolsConfig)

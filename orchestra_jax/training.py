@@ -66,7 +66,7 @@ from orchestra_jax.supervised import supervised_step
 from orchestra_jax.types import TrajectoryGroup
 
 WARM_START_REPORT_EVERY = 10  # steps
-EVALUATIONS = {"question_answering": evaluate_run, "functions": evaluate_functions}
+EVALUATIONS = {"question_answering": evaluate_run, "functions": evaluate_functions, "tau2": evaluate_functions}
 
 
 @dataclasses.dataclass

@@ -68,6 +68,7 @@ ROWS = (
         "toolset",
         "function_files",
         "function_world",
+        "tau2_world",
         "components",
         "settings",
         "policy",

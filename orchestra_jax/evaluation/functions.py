@@ -53,13 +53,14 @@ def evaluate_functions(config: RunConfig, parts: Components, params, reference_p
 
 
 def summarize(instances: Sequence[Instance], trajectories: Sequence[Trajectory]) -> dict[str, object]:
-    """Means of COLUMNS, and the share solved by preference and by number of golden calls."""
+    """Means of those COLUMNS that there are, and the share solved by preference and by number of golden calls."""
     by_part: dict[str, dict[str, list[float]]] = {"preference": {}, "difficulty": {}}
     for instance, each in zip(instances, trajectories, strict=True):
         parts = {"preference": instance.preference.name, "difficulty": str(instance.task.difficulty)}
         for part, key in parts.items():
             by_part[part].setdefault(key, []).append(each.objectives["outcome"])
-    means = {name: float(np.mean([each.objectives[name] for each in trajectories])) for name in COLUMNS}
+    columns = [name for name in COLUMNS if name in trajectories[0].objectives]  # tau2's reward has other parts
+    means = {name: float(np.mean([each.objectives[name] for each in trajectories])) for name in columns}
     statuses = collections.Counter(str(each.status) for each in trajectories)
     return {
         **means,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the environment of a real SGLang 0.5.23 server on CPU: 3.3 GB, three to ten minutes. Keep it apart from the
-# trainer's: it pins its own torch. An environment that this very recipe has built is left as it is.
+# Builds the environment of a real SGLang 0.5.23 server, and of a router, on CPU: 3.3 GB, three to ten minutes. Keep it
+# apart from the trainer's: it pins its own torch. An environment that this very recipe has built is left as it is.
 #
 #     bash orchestra_jax/assets/sglang_cpu/install.sh            prints the interpreter
 #     bash orchestra_jax/assets/sglang_cpu/install.sh DIRECTORY
@@ -24,6 +24,6 @@ fi
   pybase64 pydantic python-multipart 'pyzmq>=25.1.2' regex requests scipy sentencepiece==0.2.1 setproctitle \
   soundfile==0.13.1 tiktoken tokenizers==0.23.2 tqdm transformers==5.19.0 'uvicorn>=0.51' uvloop watchfiles \
   xgrammar==0.2.7 xxhash zstandard nvidia-ml-py hf_transfer >&2
-"$python" -m pip install --quiet --no-deps torchvision==0.28.0 sglang==0.5.23 >&2
+"$python" -m pip install --quiet --no-deps torchvision==0.28.0 sglang==0.5.23 sglang-router==0.3.2 >&2
 echo "$recipe" > "$venv/recipe"
 echo "$python"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import sys
 import tomllib
 import types
 
-from orchestra_jax.environments.tau2.toolkits import Tau2Domain, Toolkit, check_pinned, digest_files, tasks_of_split
+from orchestra_jax.environments.tau2.toolkits import Tau2Domain, Toolkit, base_tasks, check_pinned, digest_files
 
 REPOSITORY, PINNED_VERSION = "tau2-bench", "1.0.1"
 # Over the data files of _Parts and the tasks with their splits.
@@ -62,15 +63,16 @@ def load_checkout(name: str, checkout: str, is_any_version: bool = False) -> Tau
     missing = [path for path in (*paths, root / "src" / "tau2", root / "pyproject.toml") if not path.exists()]
     if missing:
         raise ValueError(f"{checkout} is no checkout of {REPOSITORY} with {name}: there is no {missing[0]}")
-    splits = directory / SPLITS if (directory / SPLITS).exists() else None  # earlier versions have none
+    has_splits = (directory / SPLITS).exists()  # earlier versions have none
     version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    digest = digest_files([*paths, splits] if splits else paths)
+    digest = digest_files([*paths, directory / SPLITS] if has_splits else paths)
     check_pinned(REPOSITORY, name, (version, digest), (PINNED_VERSION, PINNED_DIGESTS[name]), is_any_version)
     _make_importable(root / "src" / "tau2")
     agent = _toolkit(name, parts.agent_class, parts.agent_data[0], directory / parts.agent_data[1])
     user = None
     if parts.user_class:
         user = _toolkit(name, parts.user_class, parts.user_data[0], directory / parts.user_data[1])
+    splits = json.loads((directory / SPLITS).read_text(encoding="utf-8")) if has_splits else {}
     policies = [((directory / file).read_text(encoding="utf-8"), tag) for file, tag in parts.policies]
     sides = {"assistant": agent, "user": user}
     return Tau2Domain(
@@ -81,7 +83,8 @@ def load_checkout(name: str, checkout: str, is_any_version: bool = False) -> Tau
         agent=agent,
         user=user,
         policy="\n".join(f"<{tag}>\n{text}\n</{tag}>" if tag else text for text, tag in policies),
-        tasks=tasks_of_split((directory / TASKS).read_bytes(), splits.read_text(encoding="utf-8") if splits else None),
+        tasks=base_tasks((directory / TASKS).read_bytes(), splits),
+        splits=splits,
         sync=_named(name, parts.environment).sync_tools if parts.environment else None,
         schemas=lambda side: _schemas(sides[side]),
     )

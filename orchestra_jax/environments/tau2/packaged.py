@@ -7,10 +7,11 @@ import gzip
 import importlib
 import importlib.metadata
 import importlib.resources
+import json
 import pathlib
 import types
 
-from orchestra_jax.environments.tau2.toolkits import Tau2Domain, Toolkit, check_pinned, digest_files, tasks_of_split
+from orchestra_jax.environments.tau2.toolkits import Tau2Domain, Toolkit, base_tasks, check_pinned, digest_files
 
 PACKAGE, PINNED_VERSION = "inspect-evals", "0.26.0"
 # Over the files of a domain's folder: what the figures in the README were taken on.
@@ -54,6 +55,7 @@ def load_packaged(name: str, is_any_version: bool = False) -> Tau2Domain:
     digest = digest_files(path for path in directory.iterdir() if path.is_file())
     check_pinned(PACKAGE, name, (version, digest), (PINNED_VERSION, PINNED_DIGESTS[name]), is_any_version)
     raw = (directory / parts.tasks).read_bytes()
+    splits = json.loads((directory / "split_tasks.json").read_text(encoding="utf-8"))
     module = importlib.import_module(f"{_ROOT}.{parts.environment}") if parts.user_class else None
     return Tau2Domain(
         name=name,
@@ -63,10 +65,8 @@ def load_packaged(name: str, is_any_version: bool = False) -> Tau2Domain:
         agent=_toolkit(parts.agent_class),
         user=_toolkit(parts.user_class) if parts.user_class else None,
         policy="\n\n".join((directory / each).read_text(encoding="utf-8") for each in parts.policies),
-        tasks=tasks_of_split(
-            gzip.decompress(raw) if parts.tasks.endswith(".gz") else raw,
-            (directory / "split_tasks.json").read_text(encoding="utf-8"),
-        ),
+        tasks=base_tasks(gzip.decompress(raw) if parts.tasks.endswith(".gz") else raw, splits),
+        splits=splits,
         sync=module.Environment.sync_tools if module else None,
         schemas=lambda side: _schemas(parts.agent_functions if side == "assistant" else parts.user_functions),
     )

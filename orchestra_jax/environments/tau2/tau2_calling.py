@@ -83,8 +83,8 @@ class _Tool:
 class Tau2Calling:
     """An `Environment` (environment.py). ValueError for a domain that the interpreter cannot serve (server.py).
 
-    `tasks` are the domain's whose reward needs no judge, in the order of its file; `judged_task_ids` are the others.
-    `user_schemas` are the functions of the domain's user, if there are any.
+    `tasks` are the domain's whose reward needs no judge, in the order of its file; `judged_task_ids` are the others,
+    `splits` the ids by name of a split. `user_schemas` are the functions of the domain's user, if there are any.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class Tau2Calling:
     ):
         self._server, self._settings = Tau2Server(domain, server_python, checkout, is_any_version), settings
         described = self._server.ask(do="describe")
-        self.version, self.digest = described["version"], described["digest"]
+        self.source, self.version, self.digest = (described[name] for name in ("source", "version", "digest"))
+        self.splits = described["splits"]
         self._policy, self.user_schemas = described["policy"], described["user_schemas"]
         self.tasks = tuple(read_task(domain, each) for each in described["tasks"] if not needs_judge(each))
         self.judged_task_ids = tuple(each["id"] for each in described["tasks"] if needs_judge(each))

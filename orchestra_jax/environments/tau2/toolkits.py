@@ -70,6 +70,7 @@ class Tau2Domain:
     user: Toolkit | None
     policy: str
     tasks: dict[str, dict]  # by id, in the order of their file
+    splits: dict[str, list[str]]  # ids by name of the split, "train" and "test" among them; none in early checkouts
     sync: Callable | None  # keeps both databases in step
     schemas: Callable[[str], list[dict]]  # of the side "assistant" or "user", in the OpenAI function format
 
@@ -91,8 +92,8 @@ def digest_files(paths: Iterable[pathlib.Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def tasks_of_split(raw: str | bytes, split: str | None) -> dict[str, dict]:
-    """The tasks of a file's base split, by id; all of them where `split`, the text of its splits, is None."""
+def base_tasks(raw: str | bytes, splits: dict[str, list[str]]) -> dict[str, dict]:
+    """The tasks of a file's base split, by id; all of them where there is none."""
     tasks = {task["id"]: task for task in json.loads(raw)}
-    chosen = set(tasks if split is None else json.loads(split)[BASE_SPLIT])
+    chosen = set(splits.get(BASE_SPLIT, tasks))
     return {task_id: task for task_id, task in tasks.items() if task_id in chosen}

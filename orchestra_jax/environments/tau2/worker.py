@@ -1,7 +1,7 @@
 """Serves one tau2 domain over standard input and output, a JSON object a line; run by the interpreter that has it.
 
-    {"do": "describe"}                                   -> {"version", "digest", "policy", "schemas", "user_schemas",
-                                                             "tasks"}
+    {"do": "describe"}                                   -> {"source", "version", "digest", "policy", "schemas",
+                                                             "user_schemas", "tasks", "splits"}
     {"do": "open", "task_id"}                            -> {"session"}
     {"do": "call", "session", "name", "arguments",
      "side": "assistant" or "user"}                      -> {"text", "has_raised"}
@@ -36,12 +36,14 @@ class Sessions:
         if request["do"] == "describe":
             domain = self._domain
             return {
+                "source": domain.source,
                 "version": domain.version,
                 "digest": domain.digest,
                 "policy": domain.policy,
                 "schemas": domain.schemas("assistant"),
                 "user_schemas": domain.schemas("user"),
                 "tasks": list(domain.tasks.values()),
+                "splits": domain.splits,
             }
         if request["do"] == "open":
             number = next(self._numbers)

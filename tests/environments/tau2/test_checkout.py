@@ -19,7 +19,7 @@ from orchestra_jax.environments.functions.function_calling import FunctionSettin
 from orchestra_jax.environments.functions.user import ScriptedUser
 from orchestra_jax.environments.tau2.server import Tau2Server
 from orchestra_jax.environments.tau2.tau2_calling import Tau2Calling
-from orchestra_jax.environments.tau2.toolkits import tasks_of_split
+from orchestra_jax.environments.tau2.toolkits import base_tasks
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.types import CallStatus
 from tests.environments.tau2.test_tau2_replay import PYTHON, needs_tau2, run
@@ -77,7 +77,7 @@ TOOLS = """
             self.db.orders[order_id].status = "cancelled"
             return f"call {len(self.seen)}"
 """
-SPLITS = {"base": ["1", "3"], "train": ["2"]}
+SPLITS = {"base": ["1", "3", "4"], "train": ["1", "3"], "test": ["4"]}
 
 
 def task(task_id, order_id, **criteria):
@@ -89,7 +89,12 @@ def task(task_id, order_id, **criteria):
     }
 
 
-TASKS = [task("1", "O1", nl_assertions=None), task("2", "O2"), task("3", "O1", nl_assertions=["It is polite."])]
+TASKS = [
+    task("1", "O1", nl_assertions=None),
+    task("2", "O2"),
+    task("3", "O1", nl_assertions=["It is polite."]),
+    task("4", "O2"),
+]
 
 
 def lay_out(root, files, tools=TOOLS, data_model=DATA_MODEL, version="9.9.9"):
@@ -118,15 +123,19 @@ def test_a_checkout_is_replayed_with_its_version_and_without_its_command_line(ch
     source, *lines = run(REPLAY, "retail", "--checkout", checkout, "--any_version", python=sys.executable)
     assert (source["source"], source["version"], len(source["digest"])) == ("tau2-bench", "9.9.9", 12)
     # The base split alone; an assertion in words needs a judge, none at all does not.
-    assert [(line["task_id"], line["gold"], line["no_op"]) for line in lines] == [("1", 1.0, 0.0), ("3", None, None)]
+    assert [(line["task_id"], line["gold"], line["no_op"]) for line in lines] == [
+        ("1", 1.0, 0.0),
+        ("3", None, None),
+        ("4", 1.0, 0.0),
+    ]
 
 
 def test_a_checkout_is_played_each_episode_on_values_of_its_own(checkout):
     environment = Tau2Calling(
         "retail", sys.executable, ScriptedUser(), FunctionSettings(False, 5), checkout, is_any_version=True
     )
-    (one,) = environment.tasks
-    assert (one.task_id, environment.judged_task_ids) == ("1", ("3",))
+    one, four = environment.tasks
+    assert (one.task_id, four.task_id, environment.judged_task_ids) == ("1", "4", ("3",))
     instance = Instance("1", one, Preference("any", "Any.", {}), (), 0)
     messages, schemas = environment.prompt(instance)
     assert messages[0].content == "Be brief." and [each["function"]["name"] for each in schemas] == [
@@ -169,8 +178,8 @@ def test_code_that_cannot_be_imported_names_the_mend(tmp_path):
 
 def test_without_splits_all_tasks_count():
     raw = json.dumps(TASKS)
-    assert list(tasks_of_split(raw, None)) == ["1", "2", "3"]
-    assert list(tasks_of_split(raw, json.dumps(SPLITS))) == ["1", "3"]
+    assert list(base_tasks(raw, {})) == ["1", "2", "3", "4"]
+    assert list(base_tasks(raw, SPLITS)) == ["1", "3", "4"]
 
 
 PACKAGED_DATA = """

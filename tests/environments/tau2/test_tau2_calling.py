@@ -1,6 +1,5 @@
 """tau2's tasks under the rollout driver, the toolkits in the interpreter that has them; skipped without one."""
 
-import json
 import sys
 
 import pytest
@@ -16,21 +15,12 @@ from orchestra_jax.environments.tau2.server import Tau2Server
 from orchestra_jax.environments.tau2.tau2_calling import Tau2Calling, read_task
 from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.generation.scripted_engine import ScriptedEngine
+from orchestra_jax.tau2_world import golden_turn
 from orchestra_jax.types import EpisodeStatus, ToolCall
 from tests.environments.tau2.test_tau2_replay import PYTHON, needs_tau2
 from tests.experts.conftest import completion, endpoint  # noqa: F401
 
 SETTINGS = FunctionSettings(is_compact=False, max_calls=40)
-
-
-def spelled(environment, task):
-    """The golden calls of a task: the user's own as what the policy asks the user for."""
-    users = {schema["function"]["name"] for schema in environment.user_schemas}
-    for each in task.gold_calls:
-        if each.name in users:
-            yield ToolCall("tell_user", {"text": f"Please make {each.name}({json.dumps(each.arguments)}) now."})
-        else:
-            yield ToolCall(each.name, each.arguments)
 
 
 @needs_tau2
@@ -39,23 +29,21 @@ def spelled(environment, task):
 def test_gold_through_the_driver_has_reward_one_and_less_has_not(domain):
     environment = Tau2Calling(domain, PYTHON, ScriptedUser(), SETTINGS)
     chat = load_chat(SMALL_TOKENIZER_DIRECTORY, "qwen3")
-    told = {task.task_id: "; ".join(task.communicate_info) or "Done." for task in environment.tasks}
     chosen = [task for task in environment.tasks if len(task.gold_calls) >= 3][:12]
     config = RolloutConfig(20_000, 400_000, 1, 1.0, 0.2, 200.0)
 
+    instances = [Instance(task.task_id, task, Preference("any", "Any.", {}), (), 0) for task in chosen]
+
     def play(num_dropped):
         scripts = {}
-        for task in chosen:
-            calls = list(spelled(environment, task))
-            scripts[task.task_id] = [
-                *calls[: len(calls) - num_dropped],
-                ToolCall("tell_user", {"text": told[task.task_id]}),
-            ]
+        for each in instances:
+            num_calls = len(each.task.gold_calls)
+            turns = [golden_turn(environment, each, turn, None, None)[1] for turn in range(num_calls + 1)]
+            scripts[each.instance_id] = turns[: num_calls - num_dropped] + turns[num_calls:]
 
         def script(session_id, turn, prompt_tokens):
             return chat_format.encode_turn(chat, "", [scripts[session_id.split("#")[0]][turn]])
 
-        instances = [Instance(task.task_id, task, Preference("any", "Any.", {}), (), 0) for task in chosen]
         engine = ScriptedEngine(script, 0)
         return [group.trajectories for group in run_groups(instances, 2, environment, engine, chat, config, 0)]
 
