@@ -1,4 +1,4 @@
-"""Real SGLang 0.5.23 servers on CPU with a tiny random Qwen3, started by serve_policy; questions to them."""
+"""Real SGLang 0.5.23 servers on CPU with a tiny random Qwen3, started by experiments/serve_policy.py."""
 
 import asyncio
 import contextlib
@@ -99,6 +99,11 @@ class Served:
         """Of the server that was started last."""
         started = re.findall(rf"{url} starts with .* as process (\d+)", self.log.read_text())
         return int(started[-1])
+
+    def num_generated(self, url):
+        """Requests of /generate that the server has answered, under whatever process."""
+        log = self.directory / f"server_{url.rpartition(':')[2]}.log"
+        return log.read_text(errors="replace").count('"POST /generate HTTP')
 
     def engine(self, **settings):
         model_config = served_model_config(self.config)

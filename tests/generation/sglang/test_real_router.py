@@ -44,9 +44,7 @@ def num_healthy(url):
 
 
 def num_generated(served):
-    """Requests of /generate that each server has answered."""
-    logs = [served.directory / f"server_{url.rpartition(':')[2]}.log" for url in served.urls]
-    return np.array([log.read_text(errors="replace").count('"POST /generate HTTP') for log in logs])
+    return np.array([served.num_generated(url) for url in served.urls])
 
 
 def test_turns_through_a_router_are_exact_and_reach_both_servers(served, router_url, model_config, params):

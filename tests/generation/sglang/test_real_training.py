@@ -31,22 +31,34 @@ pytestmark = pytest.mark.sglang
 def test_the_quickstart_trains_through_a_kill(served, tmp_path):
     """Three steps; versions 0 to 3 on the server that stays, each with other weights; every rollout once, and whole.
 
-    The other dies with requests of step 1 under way, and comes back with the weights that are then the newest.
+    The other dies with requests of step 1 under way. The trainer goes on, is held behind that step until the server is
+    there again, with weights that are old by then, and must bring them up to date before it asks.
     """
     steady, killed = served.urls
     asyncio.run(served.engine().update_weights(init_params(served_model_config(served.config), jax.random.key(9)), 99))
-    pid = served.pid(killed)
+    pid, run, log = served.pid(killed), tmp_path / "run", tmp_path / "train.log"
+    command = [
+        sys.executable, "-m", "experiments.train", "--config=configs/smoke.py", f"--workdir={run}",
+        *served.overrides, "--config.sglang.max_attempts=40", "--config.grpo.max_sampler_gap=0.001",
+        "--config.grpo.min_group_std=0.0", "--config.grpo.entropy_coefficient=0.01",  # each step moves the weights
+        "--config.grpo.num_groups=4", "--config.grpo.groups_per_micro_batch=4", "--config.warm_start.num_steps=5",
+        "--config.evaluation.num_per_preference=4", "--config.checkpoint_every=1",
+    ]  # fmt: skip
     with watching(look_at, steady) as seen, watching(kill_at_work, served, killed, "1") as deaths:
-        run = tmp_path / "run"
-        command = [
-            sys.executable, "-m", "experiments.train", "--config=configs/smoke.py", f"--workdir={run}",
-            *served.overrides, "--config.sglang.max_attempts=40", "--config.grpo.max_sampler_gap=0.001",
-            "--config.grpo.min_group_std=0.0", "--config.grpo.entropy_coefficient=0.01",  # each step moves the weights
-            "--config.grpo.num_groups=4", "--config.grpo.groups_per_micro_batch=4", "--config.warm_start.num_steps=5",
-            "--config.evaluation.num_per_preference=4", "--config.checkpoint_every=1",
-        ]  # fmt: skip
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
+        with open(log, "wb") as output:
+            trainer = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        try:
+            wait_for(lambda: trainer.poll() is not None or (deaths and seen[-1][0] == "2"), 600.0, "step after a kill")
+            assert trainer.poll() is None, log.read_text()[-3000:]
+            trainer.send_signal(signal.SIGSTOP)
+            wait_for(lambda: served.pid(killed) != pid and label(killed), START_S, "restarted server")
+            assert label(killed) == "1"
+            num_before = served.num_generated(killed)
+            trainer.send_signal(signal.SIGCONT)
+            trainer.wait(600)
+        finally:
+            trainer.kill()
+    assert trainer.returncode == 0, log.read_text()[-3000:]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [(step["sampler/gap_mean"], step["loss/sampler_gap_max"]) for step in steps]
     print(f"quickstart, gap mean and max by step: {figures}; killed with {deaths} requests under way")
@@ -64,9 +76,9 @@ def test_the_quickstart_trains_through_a_kill(served, tmp_path):
                 v for v, is_sampled in zip(each["policy_versions"], each["loss_mask"], strict=True) if is_sampled
             }
             assert versions == {step}
-    wait_for(lambda: served.pid(killed) != pid and label(killed), START_S, "restarted server")
     newest = version_of(whole_version(served.directory / "weights"))
-    assert newest >= 3 and label(killed) == str(newest)
+    assert newest >= 3 and label(killed) == label(steady) == str(newest)
+    assert served.num_generated(killed) > num_before
 
 
 @contextlib.contextmanager
