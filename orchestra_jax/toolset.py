@@ -23,8 +23,8 @@ from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.faults import FaultyTool
 from orchestra_jax.tools.ledger import JUDGE
 from orchestra_jax.tools.limits import Limits
-from orchestra_jax.tools.mcp import load_servers
-from orchestra_jax.tools.recording import RecordedTool, Store
+from orchestra_jax.tools.mcp import load_servers, read_entries
+from orchestra_jax.tools.recording import RecordedTool, Store, recorded_listing
 from orchestra_jax.tools.sandbox.python_sandbox import PythonSandbox
 from orchestra_jax.tools.search.document_index import DocumentIndex
 from orchestra_jax.tools.search.embedding import EmbeddingEndpoint, recorded
@@ -121,7 +121,7 @@ def build_toolbox(
         EnhanceReasoning(experts, sandbox),
         Answer(experts),
     ]
-    outside = _outside_tools(config, account, resources)
+    outside = _outside_tools(config, account, resources, store)
     if store is not None:
         outside = [RecordedTool(tool, store, is_stateful=tool.name != WebSearch.name) for tool in outside]
     tools += outside
@@ -131,22 +131,31 @@ def build_toolbox(
     return Toolbox(tools, config.episode.tool_timeout_s, limits)
 
 
-def _outside_tools(config: RunConfig, account: Account, resources: contextlib.ExitStack) -> list[Tool]:
+def _outside_tools(
+    config: RunConfig, account: Account, resources: contextlib.ExitStack, store: Store | None
+) -> list[Tool]:
     tools: list[Tool] = []
+    is_offline = store is not None and store.is_replay  # nobody is asked: no key, no server, no money
     if config.tools.web_provider:
         if config.tools.web_provider not in PROVIDERS:
             raise ValueError(f"tools.web_provider {config.tools.web_provider!r} is not one of {sorted(PROVIDERS)}")
         provider = PROVIDERS[config.tools.web_provider]
-        if not config.experts.spend_cap_usd:
+        if not config.experts.spend_cap_usd and not is_offline:
             raise ValueError(
                 f"web search costs ${provider.cost_usd_per_call:g} a call and experts.spend_cap_usd is 0: set it to "
                 "the dollars that the run may spend"
             )
-        tools.append(WebSearch(provider, account))
+        tools.append(WebSearch(provider, account, is_offline=is_offline))
     if config.tools.mcp_path:
-        for server in load_servers(config.tools.mcp_path):
-            resources.callback(server.close)
-            tools += server.tools
+
+        def start() -> list[Tool]:
+            servers = load_servers(config.tools.mcp_path, account)
+            for server in servers:
+                resources.callback(server.close)
+            return [tool for server in servers for tool in server.tools]
+
+        request = {"mcp_servers": read_entries(config.tools.mcp_path)}
+        tools += start() if store is None else recorded_listing(request, store, start)
     return tools
 
 

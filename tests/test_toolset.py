@@ -54,17 +54,35 @@ def test_an_index_on_disk_takes_the_place_of_the_one_in_memory(tmp_path):
 
 def test_tools_of_a_server_and_of_the_web_are_added_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("TAVILY_API_KEY", "k")
-    (tmp_path / "mcp.json").write_text(json.dumps([{"command": [sys.executable, str(MCP_SERVER)], "prefix": "my_"}]))
+    (tmp_path / "mcp.json").write_text(
+        json.dumps([{"command": [sys.executable, str(MCP_SERVER)], "prefix": "my_", "cost_usd": 0.25}])
+    )
     (tmp_path / "limits.json").write_text(json.dumps({"my_add": {"timeout_s": 20, "max_attempts": 2}}))
     config = RunConfig()
     config.tools.mcp_path, config.tools.limits_path = str(tmp_path / "mcp.json"), str(tmp_path / "limits.json")
     config.tools.recording_directory = str(tmp_path / "store")
     config.tools.web_provider, config.experts.spend_cap_usd = "tavily", 1.0
-    with toolbox(config) as box:
+    account = Account(1.0)
+    with toolbox(config, account) as box:
         assert box.names[:5] == ("search", "enhance_reasoning", "answer", "web_search", "my_add")
         assert call(box, "my_add", {"a": 1, "b": 2}).text == "3"
         assert call(box, "my_add", {"a": 1, "b": 2}).receipt.is_cache_hit
         assert {type(tool).__name__ for tool in box.tools[3:]} == {"RecordedTool"}
+        schemas = {tool.name: tool.parameters_schema for tool in box.tools}
+    assert account.spent_usd == pytest.approx(0.25)  # what is replayed is paid once
+    # Offline: no key, no server, no money.
+    monkeypatch.delenv("TAVILY_API_KEY")
+    monkeypatch.setattr("orchestra_jax.toolset.load_servers", None)
+    config.tools.recording_mode, config.experts.spend_cap_usd = "replay", 0.0
+    with toolbox(config, Account(0.0)) as box:
+        assert {tool.name: tool.parameters_schema for tool in box.tools} == schemas
+        replayed = call(box, "my_add", {"a": 1, "b": 2})
+        assert (replayed.text, replayed.receipt.cost_usd) == ("3", 0.25)
+        assert call(box, "my_add", {"a": 1, "b": 3}).receipt.reason == Reason.NOT_RECORDED
+        assert call(box, "web_search", {"query": "x"}).receipt.reason == Reason.NOT_RECORDED
+    (tmp_path / "mcp.json").write_text("[]")
+    with pytest.raises(ValueError, match="were not recorded"), toolbox(config):
+        pass
 
 
 def test_faults_are_drawn_anew_for_each_attempt_that_the_limits_allow(tmp_path):

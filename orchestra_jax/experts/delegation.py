@@ -5,7 +5,8 @@
     answer(model)             the expert answers; the episode ends
 
 Each has one short argument, the alias of the expert, so that a small policy has nothing to copy. The receipt charges
-the expert's tokens at the prices of the instance's offer.
+the expert's tokens at the prices of the instance's offer, and the expert's seconds: those of index and sandbox, a few
+milliseconds, are not on it, since no replay would repeat them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ class _Delegation:
         offer = self._offer(arguments, context)
         if offer is None:
             return self._not_on_offer(str(arguments["model"]))
-        reply = await self._experts(offer.model).reply(self._request(offer, context))
+        request = self._request(offer, context)
+        if context.allowance is not None:
+            may_retry = functools.partial(self._can_pay_again, arguments, context)
+            request = dataclasses.replace(request, may_retry=may_retry)
+        reply = await self._experts(offer.model).reply(request)
         receipt = make_receipt(
             self.name,
             service_s=reply.latency_s,
@@ -91,6 +96,9 @@ class _Delegation:
             told = f"{offer.alias} gave no reply" + (f": {reply.reason}" if reply.reason else "")
             return ToolResult(told, str(reply.status), receipt, reply.status)
         return await self._use(reply, receipt)
+
+    def _can_pay_again(self, arguments: dict[str, object], context: ToolContext) -> bool:
+        return not context.allowance.admit(self.quote(arguments, context))
 
     def _offer(self, arguments: dict[str, object], context: ToolContext) -> Offer | None:
         """The offer under the alias, if it is one for this role."""

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestra_jax.experts.chat_completion import Failure, Partial, ask, estimate_tokens
-from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest
+from orchestra_jax.experts.expert import ExpertBound, ExpertReply, ExpertRequest, always
 from orchestra_jax.experts.roles import extract, render_messages
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.credentials import clean_text, public_url, read_key
@@ -113,7 +114,7 @@ class EndpointExpert:
 
     async def reply(self, request: ExpertRequest) -> ExpertReply:
         """Asks for what the role wants. A reply without it has failed, and is charged."""
-        reply = await self.complete(render_messages(request))
+        reply = await self.complete(render_messages(request), request.may_retry)
         if reply.status != CallStatus.OK:
             return reply
         text = extract(request.role, reply.text)
@@ -121,13 +122,18 @@ class EndpointExpert:
             return dataclasses.replace(reply, text=text)
         return dataclasses.replace(reply, text="", status=CallStatus.FAILED, reason=Reason.UNREADABLE)
 
-    async def complete(self, messages: Sequence[Mapping[str, str]]) -> ExpertReply:
-        """The reply to chat messages as it comes, keys struck out."""
-        partial = Partial()
+    async def complete(
+        self, messages: Sequence[Mapping[str, str]], may_retry: Callable[[], bool] = always
+    ) -> ExpertReply:
+        """The reply to chat messages as it comes, keys struck out. `may_retry`: asked behind an attempt that cost."""
+        partial, attempts = Partial(), itertools.count(1)
 
         async def attempt() -> Attempt[ExpertReply]:
             partial.clear()
-            return await self._attempt(messages, partial)
+            made = await self._attempt(messages, partial)
+            is_charged = made.value.input_tokens + made.value.output_tokens > 0
+            is_another = made.is_retryable and next(attempts) < self._limiter.limits.max_attempts
+            return dataclasses.replace(made, is_retryable=is_another and (not is_charged or may_retry()))
 
         outcome = await self._limiter.run(attempt)
         if outcome.is_late:

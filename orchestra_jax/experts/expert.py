@@ -7,11 +7,16 @@ Roles (ToolOrchestra section 3.1 and its release): `search` writes a query, `enh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from orchestra_jax.data.records import Instance, Offer
 from orchestra_jax.tools.tool import Evidence
 from orchestra_jax.types import CallStatus, Reason
+
+
+def always() -> bool:
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,7 @@ class ExpertRequest:
     evidence: Evidence
     is_evidence_present: bool
     rollout_index: int
+    may_retry: Callable[[], bool] = always  # whether one more attempt can be paid; takes its price off the budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ExpertReply:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertBound:
-    """The most tokens that a reply can consume, and the seconds that it takes where they are known (else 0)."""
+    """The most tokens that one attempt at a reply can consume, and its seconds where they are known (else 0)."""
 
     input_tokens: int
     output_tokens: int

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from orchestra_jax.tools.budget import Quote
+from orchestra_jax.tools.budget import Account, Quote
 from orchestra_jax.tools.credentials import clean_text, public_url
 from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.tools.tool import ToolContext, ToolResult
@@ -35,7 +35,7 @@ class McpServer:
       prefix: stands before the names of its tools, where two servers have one of the same name.
       variables: names of environment variables that the program is given besides the harmless ones.
       api_key_variable: the variable whose value goes to a URL as a bearer token.
-      timeout_s: of one call. cost_usd: what one call is charged.
+      timeout_s: of one call. cost_usd: what one call is charged, of real money that `account` counts.
 
     Raises:
       ValueError: neither or both of command and url, a variable that is not set, a url that can hold a key, or a server
@@ -51,6 +51,7 @@ class McpServer:
         api_key_variable: str = "",
         timeout_s: float = 60.0,
         cost_usd: float = 0.0,
+        account: Account | None = None,
     ):
         if bool(command) == bool(url):
             raise ValueError(f"an MCP server has a command or a url, got command {list(command)} and url {url!r}")
@@ -60,7 +61,14 @@ class McpServer:
             raise ValueError(f"the environment variables {unset} of the MCP server {url or command[0]!r} are not set")
         self._command, self._url, self._variables, self._key_variable = tuple(command), url, variables, api_key_variable
         self._secrets = [os.environ[name] for name in wanted if os.environ[name]]
-        self.timeout_s, self.cost_usd = timeout_s, cost_usd
+        self.timeout_s, self.cost_usd, self.account = timeout_s, cost_usd, account or Account()
+        if not cost_usd >= 0:
+            raise ValueError(f"cost_usd {cost_usd} of the MCP server {url or command[0]!r} must be 0 or more")
+        if cost_usd and not self.account.cap_usd:
+            raise ValueError(
+                f"a call of the MCP server {url or command[0]!r} costs ${cost_usd:g} and experts.spend_cap_usd is 0: "
+                "set it to the dollars that the run may spend"
+            )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
         self._thread.start()
@@ -138,6 +146,7 @@ class McpTool:
         self.name = prefix + listed.name
         self.description = server.clean(listed.description or listed.name)
         self.parameters_schema = dict(listed.input_schema)
+        self.cost_usd = server.cost_usd
         self._server, self._own_name = server, listed.name
 
     def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
@@ -146,8 +155,11 @@ class McpTool:
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
         import mcp
 
-        start_s = time.monotonic()
+        start_s, cost_usd = time.monotonic(), self._server.cost_usd
         status, reason = CallStatus.OK, Reason.NONE
+        if not self._server.account.reserve(cost_usd):
+            receipt = make_receipt(self.name, service_s=0.0, status=CallStatus.FAILED, reason=Reason.SPEND_CAP)
+            return ToolResult(f"{self.name} failed: {Reason.SPEND_CAP}", "failed", receipt, CallStatus.FAILED)
         try:
             result = await self._server.call(self._own_name, arguments)
             text = "\n".join(block.text for block in result.content if getattr(block, "text", None) is not None)
@@ -158,11 +170,13 @@ class McpTool:
             status, reason = CallStatus.TIMEOUT, Reason.DEADLINE
         except (mcp.MCPError, OSError, RuntimeError) as error:  # the session is gone, or the server says no
             text, status, reason = f"{self.name} failed: {error}", CallStatus.FAILED, Reason.NO_CONNECTION
+        finally:
+            self._server.account.settle(cost_usd, cost_usd)
         text = self._server.clean(text)
         receipt = make_receipt(
             self.name,
             service_s=time.monotonic() - start_s,
-            fixed_cost_usd=self._server.cost_usd,
+            fixed_cost_usd=cost_usd,
             status=status,
             reason=reason,
         )
@@ -170,25 +184,30 @@ class McpTool:
         return ToolResult(text, summary, receipt, status)
 
 
-def load_servers(path: str) -> list[McpServer]:
-    """Servers from a JSON file: a list of the arguments of `McpServer`, such as
+def load_servers(path: str, account: Account | None = None) -> list[McpServer]:
+    """Servers from a JSON file, which share `account`: a list of the arguments of `McpServer`, such as
 
         [{"command": ["uvx", "mcp-server-time"]}, {"url": "https://example.org/mcp", "api_key_variable": "SOME_KEY"}]
 
     ValueError for a file that cannot be read, an argument that is missing or unknown, and a server that does not start.
     """
+    entries, servers = read_entries(path), []
+    try:
+        for entry in entries:
+            servers.append(McpServer(**entry, account=account))
+    except (TypeError, ValueError) as error:
+        for server in servers:
+            server.close()
+        raise ValueError(f"an entry of {path} is not understood: {error}") from error
+    return servers
+
+
+def read_entries(path: str) -> list[dict[str, object]]:
+    """What the file says of each server; ValueError if it cannot be read, or is no list of objects."""
     try:
         entries = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the MCP file {path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise ValueError(f"the MCP file {path} holds no list of JSON objects: write one for each server")
-    servers = []
-    try:
-        for entry in entries:
-            servers.append(McpServer(**entry))
-    except (TypeError, ValueError) as error:
-        for server in servers:
-            server.close()
-        raise ValueError(f"an entry of {path} is not understood: {error}") from error
-    return servers
+    return entries

@@ -16,6 +16,8 @@ import json
 import os
 import pathlib
 import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from orchestra_jax.run_directory import json_value
 from orchestra_jax.tools.budget import Quote
@@ -93,6 +95,44 @@ class RecordedTool:
         result = await self._tool.run(arguments, context)
         self._store.save(request, json_value(result, "result"))
         return result
+
+
+class ReplayedTool:
+    """What a replay knows of a tool that is not there: how it was described. It stands behind a `RecordedTool`."""
+
+    def __init__(self, name: str, description: str, parameters_schema: dict[str, object], cost_usd: float):
+        self.name, self.description, self.parameters_schema = name, description, parameters_schema
+        self._cost_usd = cost_usd
+
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        return Quote(self._cost_usd)
+
+    async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
+        raise AssertionError(f"{self.name} is replayed and has nobody to ask")
+
+
+class ListedTool(Tool, Protocol):
+    """A tool of a server, each call of which costs the same."""
+
+    cost_usd: float
+
+
+def recorded_listing(
+    request: dict[str, object], store: Store, make: Callable[[], Sequence[ListedTool]]
+) -> Sequence[Tool]:
+    """The tools that `make` finds outside, their descriptions recorded; from a replay, tools by these descriptions.
+
+    ValueError for a replay in which they were not recorded.
+    """
+    if not store.is_replay:
+        tools = make()
+        described = [[tool.name, tool.description, tool.parameters_schema, tool.cost_usd] for tool in tools]
+        store.save(request, {"tools": json_value(described, "tools")})
+        return tools
+    held = store.load(request)
+    if held is None:
+        raise ValueError(f"the tools of {request} were not recorded: record them, or take the file they are of")
+    return [ReplayedTool(*described) for described in held["tools"]]
 
 
 def _read_result(held: dict[str, object]) -> ToolResult:

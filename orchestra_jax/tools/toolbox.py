@@ -89,14 +89,17 @@ class Toolbox:
             return _late(call.name, _quote(tool, call, context), timeout_s, timeout_s < self._timeout_s)
 
     async def _run_limited(self, tool: Tool, call: ToolCall, context: ToolContext, left_s: float) -> ToolResult:
-        attempts = itertools.count(1)
+        limiter, attempts = self._limiters[call.name], itertools.count(1)
 
         async def attempt() -> Attempt[ToolResult]:
-            result = await tool.run(call.arguments, dataclasses.replace(context, attempt=next(attempts)))
+            number = next(attempts)
+            result = await tool.run(call.arguments, dataclasses.replace(context, attempt=number))
             is_broken = result.status in (CallStatus.FAILED, CallStatus.TIMEOUT)
-            return Attempt(result, is_broken and result.receipt.reason not in NOT_RETRIED, result.retry_after_s)
+            may_retry = is_broken and result.receipt.reason not in NOT_RETRIED and number < limiter.limits.max_attempts
+            if may_retry and context.allowance is not None and result.receipt.cost_usd:  # what was put by is spent
+                may_retry = not context.allowance.admit(_quote(tool, call, context))
+            return Attempt(result, may_retry, result.retry_after_s)
 
-        limiter = self._limiters[call.name]
         outcome = await limiter.run(attempt, left_s)
         if outcome.is_late:
             quote = _quote(tool, call, context) if outcome.num_attempts > len(outcome.values) else Quote(0.0)

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import dataclasses
 import json
 import logging
 import threading
@@ -9,12 +10,12 @@ import time
 
 import pytest
 
-from orchestra_jax.data.records import Instance, Offer, Preference, Task
+from orchestra_jax.data.records import Budget, Instance, Offer, Preference, Task
 from orchestra_jax.experts.delegation import Answer
 from orchestra_jax.experts.endpoint import EndpointExpert, load_endpoints
 from orchestra_jax.experts.expert import ExpertRequest
-from orchestra_jax.tools.budget import Account
-from orchestra_jax.tools.ledger import make_receipt
+from orchestra_jax.tools.budget import Account, Allowance
+from orchestra_jax.tools.ledger import ORCHESTRATOR, make_receipt, replay
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallStatus, Reason, ToolCall
@@ -216,6 +217,23 @@ def test_an_attempt_of_unknown_fate_counts_in_full_against_the_cap_and_an_error_
     fresh = EndpointExpert(endpoint.url, "m", max_retries=0, **prices)
     ask(fresh)
     assert fresh.account.spent_usd == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "num_quotes", "attempts"),
+    [(cut, 1.5, 1), (cut, 2.5, 2), (cut, 9, 3), ((500, "text/plain", b""), 1.5, 3)],
+)
+def test_an_attempt_that_the_budget_of_the_task_cannot_pay_is_not_made(endpoint, answer, num_quotes, attempts):
+    """An attempt that was cut may be billed; an error costs nothing, and what was put by pays the next one."""
+    endpoint.respond = lambda body: answer
+    expert = EndpointExpert(endpoint.url, "m", max_output_tokens=100, max_retries=2, first_wait_s=0.01)
+    tool, context = Answer(lambda model: expert), ToolContext(INSTANCE, 0, Evidence())
+    budget = Budget(cost_usd=num_quotes * tool.quote({"model": "expert-1"}, context).cost_usd)
+    totals = replay([[make_receipt(ORCHESTRATOR, service_s=0.0)]])
+    context = dataclasses.replace(context, allowance=Allowance(budget, totals))
+    result = asyncio.run(Toolbox([tool], 20.0).call(ToolCall("answer", {"model": "expert-1"}), context))
+    assert (result.status, result.receipt.attempt, len(endpoint.requests)) == (CallStatus.FAILED, attempts, attempts)
+    assert result.receipt.cost_usd <= budget.cost_usd
 
 
 def test_the_key_is_sent_and_shows_nowhere_else(endpoint, completion, monkeypatch, caplog, capfd):

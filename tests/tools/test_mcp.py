@@ -9,6 +9,7 @@ import time
 import pytest
 
 from orchestra_jax.data.records import Instance, Preference, Task
+from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.mcp import McpServer, load_servers
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.tools.toolbox import Toolbox
@@ -84,6 +85,16 @@ def test_a_server_that_dies_in_a_call_is_a_failure_then_and_afterwards():
             result = call(made, name, arguments)
             assert (result.status, result.receipt.reason) == (CallStatus.FAILED, Reason.NO_CONNECTION)
         assert time.monotonic() - start_s < 15
+
+
+def test_calls_that_cost_money_stay_within_the_cap_of_the_run():
+    account = Account(0.5)
+    with McpServer(COMMAND, cost_usd=0.2, account=account) as made:
+        results = [call(made, "add", {"a": a, "b": 0}) for a in range(3)]
+    assert [result.receipt.reason for result in results] == [Reason.NONE, Reason.NONE, Reason.SPEND_CAP]
+    assert account.spent_usd == pytest.approx(0.4) == sum(result.receipt.cost_usd for result in results)
+    with pytest.raises(ValueError, match=r"costs \$0.2 and experts.spend_cap_usd is 0"):
+        McpServer(COMMAND, cost_usd=0.2, account=Account(0.0))
 
 
 def test_tools_are_listed_page_by_page():

@@ -113,6 +113,15 @@ def test_what_cannot_be_paid_is_refused_and_calls_of_a_turn_share_the_money():
     )
 
 
+@pytest.mark.parametrize(("budget_usd", "attempts"), [(0.015, 1), (0.025, 2), (0.10, 3)])
+def test_an_attempt_that_the_budget_cannot_pay_is_not_made(budget_usd, attempts):
+    """Each attempt costs $.01, those that fail too."""
+    box = Toolbox([Worker(9)], 5.0, {"work": Limits(5.0, max_attempts=3, first_wait_s=0.001)})
+    receipt = call(box, {"text": "a"}, context=with_budget(budget_usd, 60.0)).receipt
+    assert (receipt.status, receipt.attempt) == (CallStatus.FAILED, attempts)
+    assert receipt.cost_usd == pytest.approx(0.01 * attempts) and receipt.cost_usd <= budget_usd
+
+
 def test_a_call_that_outlasts_the_seconds_of_the_budget_is_cut():
     tool = Worker(quote=Quote(0.01))  # does not know how long it takes
     result = call(Toolbox([tool], 20.0), {"text": "a", "work_s": 30}, context=with_budget(1.0, 0.2))

@@ -63,7 +63,10 @@ class WebFailure:
 
 
 class WebSearch:
-    """A `Tool` (tool.py). ValueError if the variable that holds the provider's key is not set."""
+    """A `Tool` (tool.py). `is_offline`: nobody will be asked (all is replayed), so no key is looked for.
+
+    ValueError if the variable that holds the provider's key is not set.
+    """
 
     name = "web_search"
     description = "Search the web."
@@ -74,10 +77,17 @@ class WebSearch:
         "additionalProperties": False,
     }
 
-    def __init__(self, provider: WebProvider, account: Account, num_results: int = 5, timeout_s: float = 30.0):
-        if not os.environ.get(provider.api_key_variable):
+    def __init__(
+        self,
+        provider: WebProvider,
+        account: Account,
+        num_results: int = 5,
+        timeout_s: float = 30.0,
+        is_offline: bool = False,
+    ):
+        self._key = "" if is_offline else os.environ.get(provider.api_key_variable, "")
+        if not self._key and not is_offline:
             raise ValueError(f"the environment variable {provider.api_key_variable!r} is not set: put the key into it")
-        self._key = os.environ[provider.api_key_variable]
         self._provider, self._account = provider, account
         self._num_results, self._timeout_s = num_results, timeout_s
         self._client: httpx2.AsyncClient | None = None
