@@ -174,6 +174,7 @@ def test_a_run_interrupted_after_a_step_ends_as_an_undisturbed_one(finished, tmp
     assert again["wall_s"] > 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_the_policy_of_a_run_is_evaluated_again(finished, tmp_path):
     """In its own world the numbers are the run's, to the last bit; nothing of the run is touched."""
     path, summary = finished

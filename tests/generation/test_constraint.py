@@ -97,6 +97,7 @@ class TwoCalls:
         return np.arange(VOCAB_SIZE) == (CHAT.end_of_turn_id if is_over else CHAT.start_of_call_id)
 
 
+@pytest.mark.slow
 def test_every_call_that_the_engine_samples_under_the_constraint_fits_its_schema():
     tools = [{"name": name, "parameters": parameters} for name, parameters in SCHEMAS.items()]
     model = dataclasses.replace(MODELS["tiny"], vocab_size=VOCAB_SIZE)

@@ -484,6 +484,7 @@ def test_a_second_request_of_a_waiting_session_is_refused(engine):
     assert isinstance(second, ValueError) and "await it first" in str(second)
 
 
+@pytest.mark.slow
 def test_the_compiled_shapes_are_few_whatever_the_requests(params):
     sizes = dataclasses.replace(SIZES, row_buckets=(2, 4))
     engine = JaxEngine(TINY, params, sizes)

@@ -138,10 +138,8 @@ def make_related_groups():
     return groups
 
 
-@pytest.mark.parametrize(
-    ("ratio", "num_updates", "kl_coefficient"),
-    [("token", 1, 0.0), pytest.param("sequence", 2, 0.3, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ratio", "num_updates", "kl_coefficient"), [("token", 1, 0.0), ("sequence", 2, 0.3)])
 def test_what_rollouts_share_runs_once_and_changes_nothing(ratio, num_updates, kl_coefficient):
     """Loss, gradient and metrics are those of completions that each run on their own."""
     groups, results = make_related_groups(), []

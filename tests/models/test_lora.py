@@ -34,6 +34,7 @@ def random_factors(params, config=CONFIG):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), factors)
 
 
+@pytest.mark.slow
 def test_fresh_factors_change_nothing_and_a_step_on_them_lowers_the_loss(params):
     factors = lora.init_lora(CONFIG, params, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, lora.merge(params, factors, TINY.lora_scale), params)

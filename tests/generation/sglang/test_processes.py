@@ -105,6 +105,7 @@ def wait_for(condition):
     return value
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_hanging_server_start_again_with_the_newest_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "CHECK_EVERY_S", 0.1)
     monkeypatch.setattr(processes, "MAX_MISSED_CHECKS", 2)
