@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from orchestra_jax.grpo.batching import BatchShape, make_micro_batches
 from orchestra_jax.grpo.kl_penalty import reference_kl
-from orchestra_jax.grpo.loss import RATIOS
 from orchestra_jax.grpo.packing import PackedShape, layout, make_packed_batches, pack_lengths, wasted_share
 from orchestra_jax.grpo.scoring import ScoringSettings, score_groups
 from orchestra_jax.grpo.train_step import LossSettings, add_gradients, batch_denominator, batch_logprobs
