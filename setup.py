@@ -34,7 +34,17 @@ DATA = ["pyarrow>=18"]  # Parquet files
 CONSTRAINTS = ["llguidance>=1.3"]  # tool calls held to their schemas while they are sampled
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", *NOTEBOOKS, *GGUF, *TOOLS, *CONSTRAINTS, *DATA],
+    "test": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        *NOTEBOOKS,
+        *GGUF,
+        *TOOLS,
+        *CONSTRAINTS,
+        *DATA,
+    ],
     "notebooks": NOTEBOOKS,
     "tools": TOOLS,
     "parity": ["torch==2.13.0"],  # makes the golden files that the default tests read

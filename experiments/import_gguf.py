@@ -8,8 +8,8 @@ import sys
 
 from absl import app, flags
 
-_GGUF = flags.DEFINE_string("gguf", None, "The file to read.", required=True)
-_DIRECTORY = flags.DEFINE_string("directory", None, "The directory to write: new, or without weights.", required=True)
+_GGUF = flags.DEFINE_string("gguf", None, "The file to read.")
+_DIRECTORY = flags.DEFINE_string("directory", None, "The directory to write: new, or without weights.")
 
 
 def main(_):
@@ -23,4 +23,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["gguf", "directory"])
     app.run(main)
