@@ -6,6 +6,7 @@ They are set before any test module is imported, and processes that a test start
 import gc
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")  # Linux
 MOST_MEMORY_MAPS = 25_000
 
+# A shell has what it starts in the background ignore Ctrl-C, which tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile much and compute little
 os.environ["MPLBACKEND"] = "Agg"
