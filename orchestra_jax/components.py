@@ -38,6 +38,7 @@ from orchestra_jax.models.lora import check_lora
 from orchestra_jax.models.transformer import REMAT_POLICIES
 from orchestra_jax.models.weight_files import WeightWriter
 from orchestra_jax.optimizers import check_optimizer
+from orchestra_jax.policy import run_mesh
 from orchestra_jax.rewards.normalization import RANGE_RULES
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.preference import FORMS
@@ -70,8 +71,10 @@ class Components:
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
+    """On a mesh it samples there, from the weights as the trainer has laid them out."""
+    mesh = run_mesh(config)
     engines = [
-        JaxEngine(parts.model_config, params, config.jax_engine, version, is_training=True)
+        JaxEngine(parts.model_config, params, config.jax_engine, version, mesh, is_training=True)
         for _ in range(num_threads(config))
     ]
     return Replicas(engines) if len(engines) > 1 else engines[0]
@@ -201,6 +204,11 @@ def _check_mesh(config: RunConfig) -> None:
     for name, values in lengths.items():
         if any(value % num_length_parts for value in values):
             raise ValueError(f"{name} {values} must be multiples of mesh.context, which is {num_length_parts}")
+    num_kv_heads = model_shape(config.model).num_kv_heads
+    if num_kv_heads % mesh.tensor:
+        raise ValueError(
+            f"mesh.tensor {mesh.tensor} must divide the {num_kv_heads} key-value heads of {config.model!r}"
+        )
     is_on_host = config.warm_start.optimizer.is_state_on_host or settings.optimizer.is_state_on_host
     if is_on_host and max(dataclasses.astuple(mesh)) > 1:
         raise ValueError(f"optimizer.is_state_on_host is for one device, and {mesh} has more: leave one of them out")

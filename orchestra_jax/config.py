@@ -195,7 +195,7 @@ class GrpoConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Over how many devices an update is spread, by axis of the mesh (sharding.RULES)."""
+    """Over how many devices updates and the embedded engine are spread, by axis of the mesh (sharding.RULES)."""
 
     data: int = 1
     fsdp: int = 1

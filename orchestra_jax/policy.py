@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
 from orchestra_jax import sharding
 from orchestra_jax.config import RunConfig
@@ -24,10 +25,16 @@ from orchestra_jax.precision import cast_parameters
 WARM_START, GRPO = 1, 2
 
 
-def on_mesh(config: RunConfig):
-    """The context of an update: the mesh that `config.mesh` describes, or nothing for a single device."""
+def run_mesh(config: RunConfig) -> Mesh | None:
+    """What `config.mesh` describes; None for a single device. ValueError if there are too few devices."""
     sizes = dataclasses.asdict(config.mesh)
-    return sharding.mesh_context(sharding.make_mesh(sizes)) if max(sizes.values()) > 1 else contextlib.nullcontext()
+    return sharding.make_mesh(sizes) if max(sizes.values()) > 1 else None
+
+
+def on_mesh(config: RunConfig):
+    """The context of an update: the mesh of the run, or nothing for a single device."""
+    mesh = run_mesh(config)
+    return contextlib.nullcontext() if mesh is None else sharding.mesh_context(mesh)
 
 
 def start_params(config: RunConfig, model_config: ModelConfig):

@@ -54,7 +54,7 @@ def shardings(logical_axes_tree, mesh):
     ValueError for a name without a rule, and for two dims of one array on the same mesh axis.
     """
     return jax.tree.map(
-        lambda names: NamedSharding(mesh, mesh_axes(names, mesh)),
+        lambda names: NamedSharding(mesh, _as_jit_writes_it(mesh_axes(names, mesh), mesh)),
         logical_axes_tree,
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
@@ -71,6 +71,18 @@ def mesh_axes(logical_names, mesh) -> PartitionSpec:
     if len(set(used)) < len(used):
         raise ValueError(f"{tuple(logical_names)} puts two dims on one mesh axis: {dims}; change sharding.RULES")
     return PartitionSpec(*(dim if dim else None for dim in dims))
+
+
+def _as_jit_writes_it(spec: PartitionSpec, mesh) -> PartitionSpec:
+    """Without axes of size 1, and without Nones at the end.
+
+    The arrays that a jitted function returns are spelled so; the same layout spelled otherwise compiles it once more.
+    """
+    dims = [() if dim is None else (dim,) if isinstance(dim, str) else dim for dim in spec]
+    dims = [tuple(axis for axis in dim if mesh.shape[axis] > 1) for dim in dims]
+    while dims and not dims[-1]:
+        dims.pop()
+    return PartitionSpec(*(dim or None for dim in dims))
 
 
 def num_splits(logical_name) -> int:

@@ -35,16 +35,19 @@ class Policies:
     warm_start: object
 
 
-def read_policies(workdir: str) -> Policies:
+def read_policies(workdir: str, mesh: MeshConfig | None = None) -> Policies:
     """Those of the run in `workdir`. The whole of the checkpoint passes through memory, the optimizer's state included.
 
+    They lie on `mesh`; if none is given, on the run's own, or on one device where there are fewer than it had.
     ValueError for a directory that is no run or has no checkpoint.
     """
     path = pathlib.Path(workdir)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is no run directory: it has no config.json")
     config = config_from_dict(RunConfig(), read_json(path / "config.json"))
-    if math.prod(dataclasses.astuple(config.mesh)) > jax.device_count():
+    if mesh is not None:
+        config.mesh = mesh
+    elif math.prod(dataclasses.astuple(config.mesh)) > jax.device_count():
         config.mesh = MeshConfig()  # trained on a larger machine
     chat, model_config = build_chat_and_model(config)
     with Checkpointer(path / "checkpoints", config.keep_checkpoints) as checkpointer:
@@ -65,7 +68,7 @@ def evaluate_elsewhere(config: RunConfig, policy_of: str, workdir: str) -> dict[
     ValueError for what `read_policies` and `build_components` refuse, and a config with another model or prompt.
     """
     start_s = time.monotonic()
-    held = read_policies(policy_of)
+    held = read_policies(policy_of, config.mesh)
     here, there = config_as_dict(config), config_as_dict(held.config)
     if differing := [name for name in OWN_FIELDS if here[name] != there[name]]:
         raise ValueError(

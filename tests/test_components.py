@@ -69,6 +69,7 @@ def test_the_parts_follow_the_config():
         ("grpo.optimizer.precision", "float16", "grpo.optimizer.precision 'float16' is not one of"),
         ("mesh.data", 3, "warm_start.groups_per_micro_batch 4 must be a multiple of mesh.data x mesh.fsdp, which is 3"),
         ("mesh.context", 7, r"grpo.prefix_buckets \(64, 112\) must be multiples of mesh.context, which is 7"),
+        ("mesh.tensor", 3, "mesh.tensor 3 must divide the 2 key-value heads of 'tiny'"),
         ("grpo.clip_low", 1.5, "clip_low 1.5 must lie in"),
         ("grpo.num_updates", 0, "grpo.num_updates 0 must be 1 or more"),
         ("grpo.max_resamples", -1, "grpo.max_resamples -1 must be 0 or more"),

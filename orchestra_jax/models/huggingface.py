@@ -27,7 +27,7 @@ from tqdm import tqdm
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.huggingface_config import TOKEN_IDS, config_fields, read_config, read_fields
 from orchestra_jax.models.transformer import Transformer, init_params, logical_axes
-from orchestra_jax.sharding import mesh_axes
+from orchestra_jax.sharding import shardings
 
 # Our path -> (their name, how many of our leading dims are the matrix's input). Within a layer.
 LAYER_MATRICES = {
@@ -80,7 +80,7 @@ def load_pretrained(directory: str | pathlib.Path, mesh: Mesh | None = None) -> 
     def sharding(names: Sequence[str | None]) -> jax.sharding.Sharding:
         if mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return NamedSharding(mesh, mesh_axes(names, mesh))
+        return shardings(PartitionSpec(*names), mesh)
 
     for path, shape in shapes.items():
         _check_divides(path, shape.shape, sharding(tuple(axes[path])))
