@@ -35,7 +35,8 @@ class ExpertReply:
     """`text` is the query, the program or the answer. A failed reply is charged for what it consumed.
 
     Tokens are those of all attempts; `latency_s` is the last attempt, `retry_s` what went before it, `queue_s` the wait
-    under our own limits. The fields below `status` are those of a receipt (types.py).
+    under our own limits; `is_measured` says that a clock measured them, where a simulated expert's are the world's. The
+    other fields below `status` are those of a receipt (types.py).
     """
 
     text: str
@@ -49,6 +50,7 @@ class ExpertReply:
     attempt: int = 1
     is_estimated: bool = False
     is_cache_hit: bool = False
+    is_measured: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
