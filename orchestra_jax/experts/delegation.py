@@ -199,8 +199,9 @@ class Search(_Delegation):
             failure = error.reason
         receipt = self._with_work(receipt, reply, context, watch.work_s, watch.total_s)
         if failure:
-            receipt = dataclasses.replace(receipt, status=CallStatus.FAILED, reason=failure)
-            return ToolResult(f"search failed: {failure}", "search failed", receipt, CallStatus.FAILED)
+            status = CallStatus.TIMEOUT if failure == Reason.DEADLINE else CallStatus.FAILED
+            receipt = dataclasses.replace(receipt, status=status, reason=failure)
+            return ToolResult(f"search failed: {failure}", "search failed", receipt, status)
         documents = [document for document, _ in found]
         if not documents:
             return ToolResult("no documents found", "no documents", receipt)
