@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from orchestra_jax.data.records import Document, Instance, Offer
-from orchestra_jax.experts.expert import BoundedExpert, Expert, ExpertReply, ExpertRequest
+from orchestra_jax.experts.expert import BoundedExpert, Expert, ExpertReply, ExpertRequest, receipt_of
 from orchestra_jax.rewards.outcome import holds_evidence
 from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
@@ -99,23 +99,8 @@ class _Delegation:
             may_retry = functools.partial(self._can_pay_again, arguments, context)
             request = dataclasses.replace(request, may_retry=may_retry)
         reply = await self._experts(offer.model).reply(request)
-        receipt = make_receipt(
-            self.name,
-            service_s=reply.latency_s,
-            alias=offer.alias,
-            model=offer.model,
-            input_tokens=reply.input_tokens,
-            output_tokens=reply.output_tokens,
-            input_usd_per_million_tokens=offer.input_usd_per_million_tokens,
-            output_usd_per_million_tokens=offer.output_usd_per_million_tokens,
-            status=reply.status,
-            queue_s=reply.queue_s,
-            retry_s=reply.retry_s,
-            attempt=reply.attempt,
-            is_cache_hit=reply.is_cache_hit,
-            is_estimated=reply.is_estimated,
-            reason=reply.reason,
-        )
+        prices = offer.input_usd_per_million_tokens, offer.output_usd_per_million_tokens
+        receipt = receipt_of(reply, self.name, offer.model, prices, offer.alias)
         if reply.status != CallStatus.OK:
             told = f"{offer.alias} gave no reply" + (f": {reply.reason}" if reply.reason else "")
             return ToolResult(told, str(reply.status), receipt, reply.status)

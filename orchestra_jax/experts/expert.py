@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from orchestra_jax.data.records import Instance, Offer
+from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.tools.tool import Evidence
-from orchestra_jax.types import CallStatus, Reason
+from orchestra_jax.types import CallStatus, Reason, Receipt
 
 
 def always() -> bool:
@@ -51,6 +52,29 @@ class ExpertReply:
     is_estimated: bool = False
     is_cache_hit: bool = False
     is_measured: bool = False
+
+
+def receipt_of(
+    reply: ExpertReply, tool: str, model: str, usd_per_million_tokens: tuple[float, float], alias: str = ""
+) -> Receipt:
+    """What a reply is charged as, at these prices of input and output."""
+    return make_receipt(
+        tool,
+        service_s=reply.latency_s,
+        alias=alias,
+        model=model,
+        input_tokens=reply.input_tokens,
+        output_tokens=reply.output_tokens,
+        input_usd_per_million_tokens=usd_per_million_tokens[0],
+        output_usd_per_million_tokens=usd_per_million_tokens[1],
+        status=reply.status,
+        queue_s=reply.queue_s,
+        retry_s=reply.retry_s,
+        attempt=reply.attempt,
+        is_cache_hit=reply.is_cache_hit,
+        is_estimated=reply.is_estimated,
+        reason=reply.reason,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

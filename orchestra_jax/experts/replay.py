@@ -28,6 +28,9 @@ class RecordedExpert:
     def bound(self, request: ExpertRequest) -> ExpertBound:
         return self._expert.bound(request)
 
+    def bound_of(self, messages: Sequence[Mapping[str, str]]) -> ExpertBound:
+        return self._expert.bound_of(messages)
+
     async def reply(self, request: ExpertRequest) -> ExpertReply:
         sample = [request.instance.seed, request.rollout_index]
         asked = self._asked(request.role, render_messages(request), sample)
