@@ -149,6 +149,8 @@ class EmbeddingEndpoint:
 def recorded(embed: Embed, model: str, store: Store) -> Embed:
     """`embed` with each text's vector kept in a store; from a replay nobody is asked, nor paid."""
 
+    lock = threading.Lock()  # of two that embed the same text at once, the first one's vector holds for both
+
     def embed_recorded(texts: Sequence[str]) -> np.ndarray:
         rows = []
         for text in texts:
@@ -157,8 +159,11 @@ def recorded(embed: Embed, model: str, store: Store) -> Embed:
             if held is None and store.is_replay:
                 raise EmbeddingFailure("this embedding was not recorded", Reason.NOT_RECORDED)
             if held is None:
-                held = {"vector": embed([text])[0].tolist()}
-                store.save(request, held)
+                made = {"vector": embed([text])[0].tolist()}
+                with lock:
+                    held = store.load(request)
+                    if held is None:
+                        store.save(request, held := made)
             rows.append(held["vector"])
         return np.asarray(rows, np.float32)
 
