@@ -73,7 +73,8 @@ class Toolbox:
         left_s = math.inf
         if context.allowance is not None:
             quote = _quote(tool, call, context)
-            if not quote.latency_s:  # else its time is modelled, and no wall clock may cut it
+            is_modelled = quote.latency_s > 0
+            if quote.is_on_clock and not is_modelled:  # else no wall clock may cut it
                 left_s = context.allowance.left_s
             if message := context.allowance.admit(quote):
                 return refused(call.name, message, Reason.OVER_BUDGET)

@@ -85,20 +85,24 @@ class TellUser:
     def __init__(self, user: User):
         self._user = user
 
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        return Quote(0.0, is_on_clock=False)
+
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
         session: Session = context.state
         if context.call_number >= session.max_calls:
             return refused(self.name, f"all {session.max_calls} calls are spent", Reason.TOO_MANY_CALLS)
-        session.said.append(Message("assistant", str(arguments["text"])))
+        message = Message("assistant", str(arguments["text"]))
+        said = [*session.said, message]  # what nobody answers was not said: another attempt says it once
         try:
-            reply = await self._user.reply(session.task.scenario, session.said, session.user_tools, context.charge)
+            reply = await self._user.reply(session.task.scenario, said, session.user_tools, context.charge)
         except FunctionBroken as error:
             broken = make_receipt(self.name, service_s=0.0, status=CallStatus.FAILED, reason=Reason.BROKEN_FUNCTION)
             return ToolResult(f"the user's function is broken: {error}", "failed", broken, CallStatus.FAILED)
         receipt = make_receipt(self.name, service_s=0.0, status=reply.status, reason=reply.reason)
         if reply.status != CallStatus.OK:
             return ToolResult(f"the user does not answer: {reply.reason}", "failed", receipt, reply.status)
-        session.said.append(Message("user", reply.text))
+        session.said += [message, Message("user", reply.text)]
         session.signal = reply.signal
         is_over = reply.signal != Signal.NONE
         return ToolResult(reply.text, reply.text, receipt, answer=str(arguments["text"]) if is_over else None)

@@ -1,17 +1,20 @@
 """What a model that plays the user costs: on receipts of its own, in no objective of the policy, cut or not."""
 
 import asyncio
+import time
 
 import pytest
 
-from orchestra_jax.data.records import Instance
+from orchestra_jax.data.records import Budget, Instance
 from orchestra_jax.environments.functions.user import ModelUser, ScriptedUser
 from orchestra_jax.evaluation.report import format_trajectory
 from orchestra_jax.experts.endpoint import EndpointExpert
 from orchestra_jax.experts.replay import RecordedExpert
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.tools.ledger import EXPERIMENT, USER, replay_receipts
+from orchestra_jax.tools.limits import Limits
 from orchestra_jax.tools.recording import Store
+from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallStatus, EpisodeStatus, Message, Reason, ToolCall
 from tests.environments.functions.test_function_calling import (
     CANCEL,
@@ -85,6 +88,31 @@ def test_a_user_whom_the_toolbox_cuts_is_charged_with_the_most(endpoint):  # noq
     assert (bill.status, bill.reason, bill.output_tokens) == (CallStatus.TIMEOUT, Reason.DEADLINE, 100)
     assert bill.is_estimated and 0.2 <= bill.service_s < 5.0
     assert bill.cost_usd == pytest.approx(user._endpoint.account.spent_usd)
+
+
+def test_a_slow_user_is_cut_by_no_budget_of_the_policy(endpoint, completion):  # noqa: F811
+    def respond(body):
+        time.sleep(0.4)
+        return completion("Thank you.###STOP###")
+
+    endpoint.respond = respond
+    (trajectory,), _ = play(make_environment(user=model_user(endpoint)), [tell("Jam.")], budget=Budget(latency_s=0.3))
+    assert trajectory.status == EpisodeStatus.ANSWERED
+    assert bills(trajectory)[0].service_s >= 0.4 > 0.3 > trajectory.objectives["latency_s"]
+
+
+def test_what_is_tried_again_is_said_once(endpoint, completion):  # noqa: F811
+    answers = iter([(500, "text/plain", b""), completion("It is O1."), completion("Thank you.###STOP###")])
+    endpoint.respond = lambda body: next(answers)
+    environment = make_environment(user=model_user(endpoint, max_retries=0))
+    limits = {"tell_user": Limits(20.0, max_attempts=2, first_wait_s=0.01)}
+    environment.toolbox = Toolbox(environment.toolbox.tools, 20.0, limits)
+    (trajectory,), _ = play(environment, [TURNS[0], tell("Done; it is jam.")])
+    assert trajectory.status == EpisodeStatus.ANSWERED and len(bills(trajectory)) == 3
+    *_, last = (body["messages"] for _, _, body in endpoint.requests)
+    texts = [message["content"] for message in last]
+    assert texts[-3:] == [TURNS[0].arguments["text"], "It is O1.", "Done; it is jam."]
+    assert [message["role"] for message in last] == ["system", "user", "assistant", "user", "assistant", "user"]
 
 
 def test_each_reply_of_a_user_with_functions_is_charged_though_a_function_breaks(endpoint, completion):  # noqa: F811
