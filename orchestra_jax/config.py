@@ -217,7 +217,7 @@ class RunConfig:
     # trained: prompt.tokenizer_directory is the tokenizer that belongs to them.
     model: str = "quickstart"
     engine: str = "jax"  # or "sglang": servers that stand outside (experiments/serve_policy.py)
-    environment: str = "question_answering"  # a key of components.WORLDS
+    environment: str = "question_answering"  # a key of worlds.WORLDS
     checkpoint_every: int = 50  # GRPO steps
     keep_checkpoints: int = 2
     num_saved_groups: int = 4  # of each saved step, in trajectories/
