@@ -86,7 +86,7 @@ def test_a_user_whom_the_toolbox_cuts_is_charged_with_the_most(endpoint):  # noq
     (bill,) = bills(trajectory)
     assert trajectory.receipts[-1].reason == Reason.DEADLINE and trajectory.receipts[-1].cost_usd == 0.0
     assert (bill.status, bill.reason, bill.output_tokens) == (CallStatus.TIMEOUT, Reason.DEADLINE, 100)
-    assert bill.is_estimated and 0.2 <= bill.service_s < 5.0
+    assert bill.is_estimated and bill.service_s >= 0.2
     assert bill.cost_usd == pytest.approx(user._endpoint.account.spent_usd)
 
 

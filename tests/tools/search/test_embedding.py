@@ -119,7 +119,7 @@ def test_the_deadline_holds_for_the_whole_call(endpoint, stall, price, tmp_path)
     begin_s = time.monotonic()
     with pytest.raises(EmbeddingFailure, match="failed: no vectors within 0.4 s") as error:
         made.embed(["cat"])
-    assert 0.4 <= time.monotonic() - begin_s < 5.0
+    assert 0.4 <= time.monotonic() - begin_s < 20
     assert (error.value.reason, len(endpoint.requests)) == (Reason.DEADLINE, 1)
     assert account.spent_usd == pytest.approx(3e-6 * price)  # nobody knows what the endpoint did by then
     build_index(tmp_path / "index", DOCUMENTS, lambda texts: np.eye(2, dtype=np.float32)[: len(texts)])
