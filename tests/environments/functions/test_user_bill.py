@@ -81,12 +81,12 @@ def test_a_user_whom_the_toolbox_cuts_is_charged_with_the_most(endpoint):  # noq
     user = model_user(endpoint, max_output_tokens=100)
     user._endpoint.account = Account(1.0)
     environment = make_environment(user=user)
-    environment.toolbox._timeout_s = 0.3
+    environment.toolbox._timeout_s = 1.0
     (trajectory,), _ = play(environment, TURNS)
     (bill,) = bills(trajectory)
     assert trajectory.receipts[-1].reason == Reason.DEADLINE and trajectory.receipts[-1].cost_usd == 0.0
     assert (bill.status, bill.reason, bill.output_tokens) == (CallStatus.TIMEOUT, Reason.DEADLINE, 100)
-    assert bill.is_estimated and bill.service_s >= 0.2
+    assert bill.is_estimated and bill.service_s > 0.0
     assert bill.cost_usd == pytest.approx(user._endpoint.account.spent_usd)
 
 
