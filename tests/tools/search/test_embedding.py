@@ -110,8 +110,7 @@ def hang(handler):
     handler.server.release.wait(30)
 
 
-@pytest.mark.parametrize("stall", [drip, hang])
-@pytest.mark.parametrize("price", [0.0, 1.0])
+@pytest.mark.parametrize(("stall", "price"), [(drip, 0.0), (hang, 1.0)])
 def test_the_deadline_holds_for_the_whole_call(endpoint, stall, price, tmp_path):  # noqa: F811
     endpoint.respond = lambda body: stall
     account = Account(1.0)
