@@ -23,11 +23,13 @@ from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.world import check_pools
 from orchestra_jax.generation.engine import Engine
 from orchestra_jax.generation.jax_engine import JaxEngine
+from orchestra_jax.generation.replicas import Replicas
 from orchestra_jax.generation.sglang.processes import CONTEXT_MARGIN
 from orchestra_jax.generation.sglang.weight_sync import ROUTES
 from orchestra_jax.generation.sglang_engine import SGLangEngine
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.filters import FILTERS, OVERLONG
+from orchestra_jax.grpo.kl_penalty import KL_IN_REWARD
 from orchestra_jax.grpo.loss import AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, RATIOS, check_clips
 from orchestra_jax.models import attention, pretrained
 from orchestra_jax.models.config import MODELS, ModelConfig
@@ -39,13 +41,13 @@ from orchestra_jax.optimizers import check_optimizer
 from orchestra_jax.rewards.normalization import RANGE_RULES
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.preference import FORMS
+from orchestra_jax.settings import num_threads
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.worlds import WORLDS
 
 OUTCOMES = ("computed", "judged")
 BATCHINGS = ("shared_prompt", "packed")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-KL_IN_REWARD = "k1_reward"
 VOCAB_MULTIPLE = 32  # the embedding is padded to it
 
 
@@ -68,7 +70,11 @@ class Components:
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
-    return JaxEngine(parts.model_config, params, config.jax_engine, version, is_training=True)
+    engines = [
+        JaxEngine(parts.model_config, params, config.jax_engine, version, is_training=True)
+        for _ in range(num_threads(config))
+    ]
+    return Replicas(engines) if len(engines) > 1 else engines[0]
 
 
 def _build_sglang_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:

@@ -71,7 +71,7 @@ class ComputeConfig:
     dtype: str = "own"  # of the matrix products
     remat: str = "own"  # a key of transformer.REMAT_POLICIES, or "none"
     attention: str = "own"  # a key of attention.IMPLEMENTATIONS, or "auto"
-    num_threads: int = 2  # micro-batches at a time (grpo/accumulation.py); on a mesh there is one
+    num_threads: int = 2  # micro-batches (grpo/accumulation.py) and embedded engines at a time; on a mesh there is one
 
 
 @dataclasses.dataclass
