@@ -211,9 +211,6 @@ def _check_mesh(config: RunConfig) -> None:
     for name, values in lengths.items():
         if any(value % num_length_parts for value in values):
             raise ValueError(f"{name} {values} must be multiples of mesh.context, which is {num_length_parts}")
-    is_on_host = config.warm_start.optimizer.is_state_on_host or settings.optimizer.is_state_on_host
-    if is_on_host and max(dataclasses.astuple(mesh)) > 1:
-        raise ValueError(f"optimizer.is_state_on_host is for one device, and {mesh} has more: leave one of them out")
 
 
 def _check_reward(config: RunConfig) -> None:
