@@ -243,6 +243,7 @@ found = []
 for sizes, batch in (
     ({"data": 1}, packed), ({"fsdp": 4, "tensor": 2}, packed), ({"data": 8}, packed),
     ({"data": 2, "fsdp": 2, "tensor": 2}, packed), ({"data": 2, "tensor": 2}, shared),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, packed),
 ):
     mesh = sharding.make_mesh(sizes)
     params = sharding.place(fixed_params[0], sharding.shardings(axes, mesh))
@@ -272,4 +273,4 @@ def test_no_mesh_shape_changes_the_loss_or_the_gradient():
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     result = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True, cwd=root)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "meshes 5\n"
+    assert result.stdout == "meshes 6\n"
