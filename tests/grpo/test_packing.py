@@ -216,6 +216,7 @@ def test_two_thousand_long_rollouts_are_scored_and_packed_within_a_second():
     kept = list(scored.kept)
     batches = make_packed_batches([groups[p] for p in kept], scored.advantages_KG, scored.trained_PG[kept], shape)
     spent_s = time.process_time() - start_s
+    print(f"{spent_s:.2f} CPU seconds")
     assert len(kept) > 240 and sum(int((batch.numbers_RS >= 0).sum()) for batch in batches) == 8 * len(kept)
     assert spent_s < 1.0, f"{spent_s:.2f} CPU seconds"
 
