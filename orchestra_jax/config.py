@@ -71,7 +71,7 @@ class ComputeConfig:
     dtype: str = "own"  # of the matrix products
     remat: str = "own"  # a key of transformer.REMAT_POLICIES, or "none"
     attention: str = "own"  # a key of attention.IMPLEMENTATIONS, or "auto"
-    num_threads: int = 2  # micro-batches at a time (grpo/accumulation.py); on a mesh there is one
+    num_threads: int = 2  # micro-batches (grpo/accumulation.py) and embedded engines at a time; on a mesh there is one
 
 
 @dataclasses.dataclass
@@ -217,7 +217,7 @@ class RunConfig:
     # trained: prompt.tokenizer_directory is the tokenizer that belongs to them.
     model: str = "quickstart"
     engine: str = "jax"  # or "sglang": servers that stand outside (experiments/serve_policy.py)
-    environment: str = "question_answering"  # a key of components.WORLDS
+    environment: str = "question_answering"  # a key of worlds.WORLDS
     checkpoint_every: int = 50  # GRPO steps
     keep_checkpoints: int = 2
     num_saved_groups: int = 4  # of each saved step, in trajectories/

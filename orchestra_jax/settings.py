@@ -1,13 +1,13 @@
-"""What the learner reads of a run's config: shapes of micro-batches, settings of the scoring and of the loss."""
+"""What learner and rollouts read of a run's config: shapes of micro-batches, settings of scoring and loss."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-from orchestra_jax.components import KL_IN_REWARD
 from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.grpo.batching import BatchShape
+from orchestra_jax.grpo.kl_penalty import KL_IN_REWARD
 from orchestra_jax.grpo.packing import PackedShape
 from orchestra_jax.grpo.scoring import ScoringSettings
 from orchestra_jax.grpo.train_step import LossSettings
@@ -37,7 +37,7 @@ def batch_shape(config: RunConfig) -> BatchShape | PackedShape:
 
 
 def num_threads(config: RunConfig) -> int:
-    """That compute the micro-batches of an update: a mesh is known to one thread alone."""
+    """That compute the micro-batches of an update, or play episodes: a mesh is known to one thread alone."""
     return 1 if max(dataclasses.astuple(config.mesh)) > 1 else config.compute.num_threads
 
 

@@ -28,7 +28,10 @@ from orchestra_jax.models.logprobs import token_logprobs
 def add_supervised_gradients(
     gradients, params, batch: MicroBatch, num_tokens, base_params=None, *, config: ModelConfig, chunk: int
 ):
-    """Adds those of a micro-batch of the `num_tokens` to `gradients`, which are donated; and its part of the loss."""
+    """Adds the micro-batch's gradients to `gradients`, which are donated, and returns them with its part of the loss.
+
+    num_tokens: the masked-in tokens of the whole batch, over which the loss is a mean.
+    """
 
     def loss_function(params):
         logprobs_BC = score_targets(token_logprobs, lora.attach(params, base_params), batch, 1.0, config, chunk)

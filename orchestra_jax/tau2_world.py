@@ -9,12 +9,12 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
+from orchestra_jax import function_world
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.functions.task import FunctionTask
 from orchestra_jax.environments.functions.tools import TELL_USER
 from orchestra_jax.environments.tau2.tau2_calling import Tau2Calling
-from orchestra_jax.function_world import build_call_settings, build_user, build_wrap_and_limits
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.toolset import open_store
 from orchestra_jax.types import ToolCall
@@ -29,11 +29,11 @@ def build_tau2_calling(config: RunConfig, account: Account) -> Tau2Calling:
     environment = Tau2Calling(
         settings.domain,
         settings.server_python or sys.executable,
-        build_user(config.functions, account, open_store(config)),
-        build_call_settings(config),
+        function_world.build_user(config.functions, account, open_store(config)),
+        function_world.build_call_settings(config),
         settings.checkout,
         settings.takes_any_version,
-        *build_wrap_and_limits(config),
+        *function_world.build_wrap_and_limits(config),
     )
     logging.info("%s: %s %s, data %s", settings.domain, environment.source, environment.version, environment.digest)
     if environment.judged_task_ids:
@@ -58,10 +58,7 @@ def golden_turn(
 ) -> tuple[str, ToolCall]:
     """A demonstration: the golden calls, those of the user's functions as what the user is asked for, then all that is
     to be said. It is for the scripted user, who does what is spelled."""
-    task = instance.task
-    if turn == len(task.gold_calls):
-        return "", ToolCall(TELL_USER, {"text": "; ".join(task.communicate_info) or "It is done."})
-    call = task.gold_calls[turn]
+    thought, call = function_world.golden_turn(environment, instance, turn, shown, rng)
     if call.name in {schema["function"]["name"] for schema in environment.user_schemas}:
-        return "", ToolCall(TELL_USER, {"text": f"Please make {call.name}({json.dumps(call.arguments)}) now."})
-    return "", ToolCall(call.name, call.arguments)
+        call = ToolCall(TELL_USER, {"text": f"Please make {call.name}({json.dumps(call.arguments)}) now."})
+    return thought, call

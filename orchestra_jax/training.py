@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from orchestra_jax.checkpoints import Checkpointer
 from orchestra_jax.collection import collect
-from orchestra_jax.components import KL_IN_REWARD, Components, build_components, build_engine
+from orchestra_jax.components import Components, build_components, build_engine
 from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.pipeline import InstanceStream, make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
@@ -31,7 +31,7 @@ from orchestra_jax.evaluation.evaluate import evaluate_run
 from orchestra_jax.evaluation.functions import evaluate_functions
 from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
-from orchestra_jax.grpo.kl_penalty import reference_kl
+from orchestra_jax.grpo.kl_penalty import KL_IN_REWARD, reference_kl
 from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_batches
 from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
 from orchestra_jax.grpo.train_step import TrainState, init_state, train_step

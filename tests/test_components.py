@@ -6,7 +6,7 @@ import math
 import pytest
 
 from orchestra_jax import components as module
-from orchestra_jax.components import build_components, build_engine, build_preferences
+from orchestra_jax.components import build_components, build_engine
 from orchestra_jax.config import RunConfig
 from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.experts.endpoint import EndpointExpert
@@ -14,6 +14,7 @@ from orchestra_jax.experts.simulated import SimulatedExperts
 from orchestra_jax.models.config import MODELS
 from orchestra_jax.tools.budget import Account
 from orchestra_jax.toolset import build_experts
+from orchestra_jax.worlds import build_preferences
 
 
 def small_config():

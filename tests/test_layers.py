@@ -69,6 +69,7 @@ ROWS = (
         "function_files",
         "function_world",
         "tau2_world",
+        "worlds",
         "components",
         "settings",
         "policy",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from orchestra_jax.chat import Chat
 from orchestra_jax.data.records import Instance
 from orchestra_jax.environments.environment import Environment
-from orchestra_jax.environments.rollout import RolloutConfig, run_episode
+from orchestra_jax.environments.rollout import RolloutConfig, encode_instance, run_episode
 from orchestra_jax.generation.engine import Completion, Engine, Sampling
 from orchestra_jax.types import Trajectory, TrajectoryGroup
 
@@ -70,16 +70,17 @@ def run_groups(
     """Groups in the order of `instances`, rollouts in the order of their index, however the episodes interleave."""
 
     trajectories: list[Trajectory] = []
+    prompts = [encode_instance(instance, environment, chat) for instance in instances]
 
     async def play() -> None:
         # Not returned: asyncio.run spells out the result of its coroutine when it puts the signal handler back.
         lockstep = Lockstep(len(instances) * group_size)
 
         async def play_one(number: int) -> Trajectory:
-            instance, index = instances[number // group_size], number % group_size
+            instance, prompt = instances[number // group_size], prompts[number // group_size]
             turns = _Turns(engine, lockstep, number)
             try:
-                return await run_episode(instance, index, environment, turns, chat, config, seed)
+                return await run_episode(instance, number % group_size, environment, turns, chat, config, seed, prompt)
             finally:
                 lockstep.leave()
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from orchestra_jax.data.records import Budget, Instance, Offer
 from orchestra_jax.experts.delegation import PARAMETERS_SCHEMA, is_evidence_present
 from orchestra_jax.experts.judge import Judge, Verdict
-from orchestra_jax.rewards.objectives import Objective
+from orchestra_jax.rewards.objectives import Objective, count_tool_calls
 from orchestra_jax.rewards.outcome import score_answer
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.tool import Evidence
@@ -169,16 +169,13 @@ class QuestionAnswering:
         self, instance: Instance, calls: Sequence[CallRecord], answer: str | None, totals: Totals, state: None = None
     ) -> dict[str, float]:
         disallowed = sum(is_disallowed(instance, each.call) for each in calls if each.status == CallStatus.OK)
-        begun = [each.call.name for each in calls if each.status != CallStatus.REFUSED]  # a refused one used nobody
-        values = {
+        return {
             "outcome": 0.0 if answer is None else score_answer(instance.task, answer),
             "cost_usd": totals.cost_usd,
             "latency_s": totals.latency_s,
             "disallowed_calls": float(disallowed),
+            **count_tool_calls(calls, self.toolbox.names),
         }
-        for name in self.toolbox.names:
-            values[f"calls/{name}"] = float(begun.count(name))
-        return values
 
     async def judge(self, instance: Instance, answer: str) -> Verdict:
         if self._judge is None:

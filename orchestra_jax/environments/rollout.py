@@ -95,6 +95,12 @@ class Episode:
     num_malformed: int = 0
 
 
+def encode_instance(instance: Instance, environment: Environment, chat: Chat) -> list[int]:
+    """The prompt, which all rollouts of the instance share."""
+    messages, tools = environment.prompt(instance)
+    return chat_format.encode_prompt(chat, messages, tools)
+
+
 async def run_episode(
     instance: Instance,
     rollout_index: int,
@@ -103,13 +109,14 @@ async def run_episode(
     chat: Chat,
     config: RolloutConfig,
     seed: int,
+    prompt_tokens: Sequence[int] | None = None,
 ) -> Trajectory:
-    """Plays one rollout of an instance to its end.
+    """Plays one rollout of an instance to its end. `prompt_tokens`: its `encode_instance`, where that is known already.
 
     ValueError if the prompt leaves no room for a turn within `config.max_tokens`.
     """
-    messages, tools = environment.prompt(instance)
-    prompt_tokens = chat_format.encode_prompt(chat, messages, tools)
+    if prompt_tokens is None:
+        prompt_tokens = encode_instance(instance, environment, chat)
     if len(prompt_tokens) >= config.max_tokens:
         raise ValueError(
             f"the prompt of {instance.instance_id} has {len(prompt_tokens)} tokens and max_tokens is "

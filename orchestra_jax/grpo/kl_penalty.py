@@ -20,6 +20,8 @@ from orchestra_jax.grpo.train_step import batch_logprobs, loss_inputs
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.types import TrajectoryGroup
 
+KL_IN_REWARD = "k1_reward"  # of grpo.kl, beside the estimators of the loss
+
 
 def reference_kl(
     groups: Sequence[TrajectoryGroup],

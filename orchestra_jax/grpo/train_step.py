@@ -336,19 +336,19 @@ def train_step(
             for batch in part
         ]
 
+    def add(is_first, params, gradients, compared):
+        batch, old_BC, reference_BC = compared
+        # Of the first pass old is current to the last bit, which two compiled programs need not agree on.
+        return add_gradients(
+            gradients, params, batch, None if is_first else old_BC, reference_BC,
+            temperature, kl_coefficient, denominator, base_params, config=config, settings=settings,
+        )  # fmt: skip
+
     parts = in_threads(compare, deal_out(batches, num_threads))
     for number in range(num_updates):
-
-        def add(gradients, compared, number=number, params=state.params):
-            batch, old_BC, reference_BC = compared
-            # Of the first pass old is current to the last bit, which two compiled programs need not agree on.
-            return add_gradients(
-                gradients, params, batch, old_BC if number else None, reference_BC,
-                temperature, kl_coefficient, denominator, base_params, config=config, settings=settings,
-            )  # fmt: skip
-
         make_zeros = functools.partial(zero_gradients, state.params, config=config, dtype=gradient_dtype)
-        gradients, metrics = sum_gradients(add, make_zeros, parts)
+        add_to = functools.partial(add, number == 0, state.params)
+        gradients, metrics = sum_gradients(add_to, make_zeros, parts)
         state, gradient_norm = take_step(state, gradients, config=config, optimizer=optimizer)
     return state, {**_combine(jax.device_get(metrics)), "gradient_norm": float(gradient_norm)}
 

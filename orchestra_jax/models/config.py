@@ -85,17 +85,7 @@ MODELS = {
     "qwen3-32b": ModelConfig(QWEN3_VOCAB_SIZE, 5120, 25600, 64, 64, 8, 128, is_tied=False),
     # About 1M parameters: learns a small tool-use task on two CPU cores. `vocab_size` is set where it is built.
     "quickstart": ModelConfig(
-        1500,
-        128,
-        384,
-        4,
-        8,
-        4,
-        16,
-        rope_theta=10_000.0,
-        max_position=2048,
-        compute_dtype="float32",
-        remat="dots",
+        1500, 128, 384, 4, 8, 4, 16, rope_theta=10_000.0, max_position=2048, compute_dtype="float32", remat="dots"
     ),
     # For tests: every dimension differs from the others, so a swapped axis cannot go unseen.
     "tiny": ModelConfig(

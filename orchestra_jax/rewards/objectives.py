@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from orchestra_jax.types import CallRecord, CallStatus
+
 OUTCOME = "outcome"
 DIRECTIONS = ("maximize", "minimize")
 
@@ -51,6 +53,12 @@ def tool_objective(tool: str, is_raw: bool = False) -> Objective:
     reference range [0, 1] still cuts them under the "reference" rule; under "group" they are compared as they are.
     """
     return Objective(f"calls/{tool}", "maximize", 0.0, 1.0, cap=math.inf if is_raw else 1.0)
+
+
+def count_tool_calls(calls: Sequence[CallRecord], tools: Sequence[str]) -> dict[str, float]:
+    """The values of the tools' objectives: how often each was called. A call that was refused has used nobody."""
+    used = [record.call.name for record in calls if record.status != CallStatus.REFUSED]
+    return {f"calls/{tool}": float(used.count(tool)) for tool in tools}
 
 
 def objective_vector(values: Mapping[str, float], objectives: Sequence[Objective]) -> np.ndarray:

@@ -17,11 +17,12 @@ from orchestra_jax.environments.functions.task import FunctionTask
 from orchestra_jax.environments.functions.tools import Adviser, CallExpert, CallPrice, FunctionTool, TellUser
 from orchestra_jax.environments.functions.user import User
 from orchestra_jax.environments.question_answering import render_budget, render_offers
+from orchestra_jax.rewards.objectives import count_tool_calls
 from orchestra_jax.tools.ledger import Totals
 from orchestra_jax.tools.limits import Limits
 from orchestra_jax.tools.tool import Evidence, Tool
 from orchestra_jax.tools.toolbox import Toolbox
-from orchestra_jax.types import CallRecord, CallStatus, Message
+from orchestra_jax.types import CallRecord, Message
 
 NUM_CACHED_GOLDS = 65_536  # then all are forgotten
 DELEGATION = (
@@ -110,7 +111,7 @@ class FunctionCalling:
         """`answer` is None unless the user ended the conversation: then nothing is worth anything."""
         task = self._task(instance)
         success = judge(self._gold(task), task, state.database, state.texts_to_user)
-        values = {
+        return {
             "outcome": 0.0 if answer is None else success.outcome,
             "cost_usd": totals.cost_usd,
             "latency_s": totals.latency_s,
@@ -118,11 +119,8 @@ class FunctionCalling:
             "database_equal": float(success.is_database_equal),
             "information_told": float(success.is_information_told),
             "entries_touched": float(success.is_all_touched),
+            **count_tool_calls(calls, self.toolbox.names),
         }
-        begun = [each.call.name for each in calls if each.status != CallStatus.REFUSED]  # a refused one used nothing
-        for name in self.toolbox.names:
-            values[f"calls/{name}"] = float(begun.count(name))
-        return values
 
     def _num_calls(self, task: FunctionTask) -> int:
         return min(self.max_calls, len(task.gold_calls) + 1 + self._settings.num_spare_calls)

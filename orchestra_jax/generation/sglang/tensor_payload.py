@@ -8,10 +8,11 @@ lets pass (sglang/srt/utils/common.py).
 
 from __future__ import annotations
 
-import json
 import pathlib
 import pickle
 from collections.abc import Iterator
+
+from safetensors import safe_open
 
 BUCKET_BYTES = 64 * 2**20  # of tensors in one payload, of which base64 and JSON are made
 STORAGES = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage"}  # by safetensors' dtype
@@ -25,22 +26,19 @@ def tensor_payloads(path: pathlib.Path, bucket_bytes: int = BUCKET_BYTES) -> Ite
 
     ValueError for a dtype that no weights are sent in.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        bucket, size = [], 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in STORAGES:
-                raise ValueError(f"{path}: {name} is {entry['dtype']}; weights are sent in one of {sorted(STORAGES)}")
-            start, end = entry["data_offsets"]
-            if bucket and size + end - start > bucket_bytes:
+    bucket, size = [], 0
+    with safe_open(path, framework="numpy") as file:
+        for name in file.offset_keys():
+            entry = file.get_slice(name)
+            if (dtype := entry.get_dtype()) not in STORAGES:
+                raise ValueError(f"{path}: {name} is {dtype}; weights are sent in one of {sorted(STORAGES)}")
+            data = file.get_tensor(name).tobytes()
+            if bucket and size + len(data) > bucket_bytes:
                 yield _pickled(bucket)
                 bucket, size = [], 0
-            file.seek(8 + length + start)
-            bucket.append((name, entry["dtype"], entry["shape"], file.read(end - start)))
-            size += end - start
-        yield _pickled(bucket)
+            bucket.append((name, dtype, entry.get_shape(), data))
+            size += len(data)
+    yield _pickled(bucket)
 
 
 def _pickled(tensors: list[tuple[str, str, list[int], bytes]]) -> bytes:
