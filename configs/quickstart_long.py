@@ -1,4 +1,4 @@
-"""The quickstart with four and a half times the rollouts.
+"""The quickstart with five times the rollouts.
 
     python -m experiments.train --config=configs/quickstart_long.py --workdir=runs/quickstart_long
 
