@@ -47,6 +47,8 @@ METRICS = {
     "budget/refused_share": "share of rollouts with a call that the budget refused or cut",
     "budget/used_share": "mean share of the tighter limit that was used",
     "spend/total_usd": "real money that the run has spent so far",
+    "spend/judge_usd": "what the verdicts on the step's rollouts cost, those replayed included",
+    "spend/user_usd": "what the model that plays the user cost in the step's rollouts, replies replayed included",
     "episode/completion_tokens": "tokens per rollout after the prompt",
     "episode/prompt_tokens": "tokens of the prompt",
     "episode/status/<status>": "share of rollouts that ended so (types.EpisodeStatus)",

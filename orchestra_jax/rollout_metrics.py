@@ -7,6 +7,7 @@ statuses alone. A value that there is nothing to take a mean of is left out.
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from orchestra_jax.data.records import Instance
 from orchestra_jax.grpo.scoring import ScoredGroups
 from orchestra_jax.rewards.objectives import Objective, objective_vector
 from orchestra_jax.rewards.preference import utility
-from orchestra_jax.tools.ledger import replay_receipts
+from orchestra_jax.tools.ledger import EXPERIMENT, replay_receipts
 from orchestra_jax.types import CallStatus, EpisodeStatus, Reason, Trajectory, TrajectoryGroup
 
 TRUNCATED = (EpisodeStatus.TOKEN_LIMIT, EpisodeStatus.TURN_LIMIT)
@@ -45,6 +46,7 @@ def rollout_metrics(
         **_calls(instances, groups, scored),
         **_budgets(instances, groups, scored),
         **_episodes([each for each, is_valid in zip(rollouts, scored.valid_PG.flat, strict=True) if is_valid]),
+        **_bills(rollouts),
         **_statuses(rollouts),
         **_filters(scored, rollouts),
         **_losses(losses),
@@ -137,7 +139,8 @@ def _episodes(rollouts: Sequence[Trajectory]) -> dict[str, float]:
         return {}
     calls = [record for each in rollouts for record in each.calls]
     sampled = np.concatenate([each.logprobs[each.loss_mask] for each in rollouts])
-    reasons = collections.Counter(receipt.reason for each in rollouts for receipt in each.receipts if receipt.reason)
+    receipts = [receipt for each in rollouts for receipt in each.receipts if receipt.tool not in EXPERIMENT]
+    reasons = collections.Counter(receipt.reason for receipt in receipts if receipt.reason)
     return {
         "calls/per_rollout": len(calls) / len(rollouts),
         "calls/refused_share": sum(record.status == CallStatus.REFUSED for record in calls) / max(len(calls), 1),
@@ -147,6 +150,12 @@ def _episodes(rollouts: Sequence[Trajectory]) -> dict[str, float]:
         "episode/truncated_share": sum(each.status in TRUNCATED for each in rollouts) / len(rollouts),
         **({"sampler/logprob_mean": float(sampled.mean())} if len(sampled) else {}),
     }
+
+
+def _bills(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    receipts = [receipt for each in rollouts for receipt in each.receipts]
+    paid = {tool: [receipt.cost_usd for receipt in receipts if receipt.tool == tool] for tool in EXPERIMENT}
+    return {f"spend/{tool}_usd": math.fsum(costs) for tool, costs in paid.items() if costs}
 
 
 def _statuses(rollouts: Sequence[Trajectory]) -> dict[str, float]:

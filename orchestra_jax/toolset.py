@@ -117,8 +117,8 @@ def build_toolbox(
     store = open_store(config)
     experts = build_experts(config, account, store)
     tools: list[Tool] = [
-        Search(experts, build_index(config, documents, account, store)),
-        EnhanceReasoning(experts, sandbox),
+        Search(experts, build_index(config, documents, account, store), store),
+        EnhanceReasoning(experts, sandbox, store),
         Answer(experts),
     ]
     outside = _outside_tools(config, account, resources, store)

@@ -77,7 +77,8 @@ class Receipt:
 
     Prices carry their unit; `cost_usd` is what was charged. A call that was tried again has one receipt: its tokens are
     those of all attempts. Its time falls in three parts: `queue_s` waiting for a place under our own limits, `retry_s`
-    earlier attempts and the waits behind them, `service_s` the last attempt, on the episode's clock.
+    earlier attempts and the waits behind them, `service_s` the last attempt and what the tool did with it, on the
+    episode's clock.
     """
 
     tool: str

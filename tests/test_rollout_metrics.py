@@ -10,7 +10,7 @@ from orchestra_jax.grpo.scoring import ScoringSettings, score_groups
 from orchestra_jax.metrics import check_metric_names
 from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rollout_metrics import SamplerGapError, check_sampler_gap, rollout_metrics
-from orchestra_jax.tools.ledger import ORCHESTRATOR, make_receipt
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, USER, make_receipt
 from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Reason, ToolCall, Trajectory, TrajectoryGroup
 
 OBJECTIVES = (Objective("outcome", "maximize", 0.0, 1.0), Objective("cost_usd", "minimize", 0.0, 1.0))
@@ -156,6 +156,19 @@ def test_a_step_in_which_everything_failed_has_numbers_all_the_same():
     assert values["filter/failed_share"] == values["episode/status/tool_failure"] == 1.0
     assert (values["filter/kept_groups_share"], values["filter/reason/too_few_valid"]) == (0.0, 1.0)
     assert not any(name.startswith(("score/", "calls/", "objective/", "loss/", "advantage/")) for name in values)
+
+
+def test_the_experiments_bills_are_summed_apart_and_are_no_calls():
+    late = make_receipt(USER, service_s=1.0, fixed_cost_usd=0.5, status=CallStatus.TIMEOUT, reason=Reason.DEADLINE)
+    own = make_receipt(ORCHESTRATOR, service_s=1.0, fixed_cost_usd=9.0)
+    paid = dataclasses.replace(FAILED, receipts=(own, make_receipt(USER, service_s=1.0, fixed_cost_usd=0.25), late))
+    judged = dataclasses.replace(
+        GROUPS[0].trajectories[0], receipts=(own, make_receipt(JUDGE, service_s=1.0, fixed_cost_usd=0.125), late)
+    )
+    values = metrics([group(CHEAP, judged, judged), group(RIGHT, GROUPS[1].trajectories[0], paid)])
+    assert (values["spend/user_usd"], values["spend/judge_usd"]) == (0.5 + 0.25 + 0.5 + 0.5, 0.25)
+    assert not any(name.startswith("calls/reason/") for name in values)
+    assert not any(name.startswith("spend/") for name in metrics(GROUPS))
 
 
 def test_what_a_budget_did_by_hand():

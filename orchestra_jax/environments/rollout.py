@@ -158,7 +158,7 @@ class _RunningCalls:
         self._num_allowed = min(config.calls_per_turn, environment.max_calls - len(episode.calls))
         self._episode, self._context = (
             episode,
-            ToolContext(instance, rollout_index, episode.evidence, state=episode.state),
+            ToolContext(instance, rollout_index, episode.evidence, state=episode.state, charge=episode.ledger.charge),
         )
         self.calls: list[ToolCall] = []
         self._tasks: list[asyncio.Task[ToolResult]] = []

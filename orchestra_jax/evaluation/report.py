@@ -26,7 +26,7 @@ from orchestra_jax.evaluation.baselines import scores
 from orchestra_jax.evaluation.oracle import STATISTICS
 from orchestra_jax.rewards.objectives import Objective, objective_vector
 from orchestra_jax.rewards.preference import utility
-from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR
+from orchestra_jax.tools.ledger import EXPERIMENT, ORCHESTRATOR
 from orchestra_jax.types import Trajectory, TrajectoryGroup
 
 REALISED = ("accuracy", "cost_usd", "latency_s", "utility")
@@ -234,6 +234,7 @@ def format_trajectory(instance: Instance, trajectory: Trajectory, text: str) -> 
         *_block("calls", _call_lines(trajectory)),
         f"answer      {trajectory.answer!r}, gold {task.answer!r}, episode {trajectory.status}",
         f"objectives  {_named_numbers(trajectory.objectives)}",
+        *_bill_lines(trajectory),
     ]
     return "\n".join([*lines, "tokens", text])
 
@@ -258,7 +259,7 @@ def group_with_texts(
 
 
 def _call_lines(trajectory):
-    receipts = [receipt for receipt in trajectory.receipts if receipt.tool not in (ORCHESTRATOR, JUDGE)]
+    receipts = [receipt for receipt in trajectory.receipts if receipt.tool not in (ORCHESTRATOR, *EXPERIMENT)]
     for record, receipt in zip(trajectory.calls, receipts, strict=True):
         arguments = ", ".join(f"{name}={value}" for name, value in record.call.arguments.items())
         result = textwrap.shorten(record.result_text, NUM_RESULT_CHARACTERS, placeholder=" ...")
@@ -267,6 +268,15 @@ def _call_lines(trajectory):
             f"{record.call.name}({arguments}) {record.status}, ${receipt.cost_usd:.6f}, "
             f"{receipt.service_s:g} s{evidence}: {result}"
         )
+
+
+def _bill_lines(trajectory):
+    """What the experiment paid for the episode besides the policy's own bill; nothing where it paid nothing."""
+    receipts = [receipt for receipt in trajectory.receipts if receipt.tool in EXPERIMENT]
+    yield from (
+        f"{receipt.tool:<12}{receipt.model} {receipt.status}, ${receipt.cost_usd:.6f}, {receipt.service_s:g} s"
+        for receipt in receipts
+    )
 
 
 def _block(title, lines):

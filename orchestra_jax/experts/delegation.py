@@ -5,8 +5,10 @@
     answer(model)             the expert answers; the episode ends
 
 Each has one short argument, the alias of the expert, so that a small policy has nothing to copy. The receipt charges
-the expert's tokens at the prices of the instance's offer, and the expert's seconds: those of index and sandbox, a few
-milliseconds, are not on it, since no replay would repeat them.
+the expert's tokens at the prices of the instance's offer, and the expert's seconds. Where these are measured, the
+tool's own are added, in the same parts: service is the search (the embedding of its query included, however often it
+was asked for) or the program, queue the wait for a thread or a process of the sandbox. They are recorded, so that a
+replay repeats them. On the virtual clock of a simulated expert the world's seconds are all there are.
 """
 
 from __future__ import annotations
@@ -14,19 +16,22 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from orchestra_jax.data.records import Document, Instance, Offer
-from orchestra_jax.experts.expert import BoundedExpert, Expert, ExpertReply, ExpertRequest
+from orchestra_jax.experts.expert import BoundedExpert, Expert, ExpertReply, ExpertRequest, receipt_of
 from orchestra_jax.rewards.outcome import holds_evidence
 from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
+from orchestra_jax.tools.recording import Store
 from orchestra_jax.tools.sandbox.python_sandbox import ProgramStatus, PythonSandbox
 from orchestra_jax.tools.search.embedding import EmbeddingFailure
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
+Value = TypeVar("Value")
 NUM_SEARCH_RESULTS = 3
 MAX_ALIAS_CHARS = 40
 MAX_QUERY_CHARS = 1_000  # of what a writer wrote
@@ -46,15 +51,34 @@ def is_evidence_present(instance: Instance, evidence: Evidence) -> bool:
     return any(holds_evidence(task, (), printed) for printed in evidence.printed)
 
 
+class _Stopwatch:
+    """Started when it is made, for work that may wait before it begins: in a thread, say."""
+
+    def __init__(self):
+        self._start_s = time.monotonic()
+        self.work_s = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return time.monotonic() - self._start_s
+
+    def run(self, work: Callable[[], Value]) -> Value:
+        begin_s = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.work_s = time.monotonic() - begin_s
+
+
 class _Delegation:
-    """Asks the expert on offer under the alias, and hands its reply to `_use`."""
+    """Asks the expert on offer under the alias, and hands its reply to `_use`. `store` keeps the tool's own seconds."""
 
     name: str
     description: str
     parameters_schema = PARAMETERS_SCHEMA
 
-    def __init__(self, experts: Callable[[str], Expert]):
-        self._experts = experts
+    def __init__(self, experts: Callable[[str], Expert], store: Store | None = None):
+        self._experts, self._store = experts, store
 
     def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
         """What the expert's own bound costs at the offer's prices; 0 for one that has no bound."""
@@ -75,27 +99,12 @@ class _Delegation:
             may_retry = functools.partial(self._can_pay_again, arguments, context)
             request = dataclasses.replace(request, may_retry=may_retry)
         reply = await self._experts(offer.model).reply(request)
-        receipt = make_receipt(
-            self.name,
-            service_s=reply.latency_s,
-            alias=offer.alias,
-            model=offer.model,
-            input_tokens=reply.input_tokens,
-            output_tokens=reply.output_tokens,
-            input_usd_per_million_tokens=offer.input_usd_per_million_tokens,
-            output_usd_per_million_tokens=offer.output_usd_per_million_tokens,
-            status=reply.status,
-            queue_s=reply.queue_s,
-            retry_s=reply.retry_s,
-            attempt=reply.attempt,
-            is_cache_hit=reply.is_cache_hit,
-            is_estimated=reply.is_estimated,
-            reason=reply.reason,
-        )
+        prices = offer.input_usd_per_million_tokens, offer.output_usd_per_million_tokens
+        receipt = receipt_of(reply, self.name, offer.model, prices, offer.alias)
         if reply.status != CallStatus.OK:
             told = f"{offer.alias} gave no reply" + (f": {reply.reason}" if reply.reason else "")
             return ToolResult(told, str(reply.status), receipt, reply.status)
-        return await self._use(reply, receipt)
+        return await self._use(reply, receipt, context)
 
     def _can_pay_again(self, arguments: dict[str, object], context: ToolContext) -> bool:
         return not context.allowance.admit(self.quote(arguments, context))
@@ -116,7 +125,25 @@ class _Delegation:
         )
         return ToolResult(f"{alias!r} is not on offer", "not on offer", receipt, CallStatus.REFUSED)
 
-    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+    def _with_work(
+        self, receipt: Receipt, reply: ExpertReply, context: ToolContext, service_s: float, total_s: float
+    ) -> Receipt:
+        """The receipt with the tool's own seconds: `service_s` of the work, and what of `total_s` it waited before."""
+        if not reply.is_measured:
+            return receipt
+        queue_s = max(total_s - service_s, 0.0)
+        if self._store is not None:
+            at = [context.instance.seed, context.rollout_index, context.call_number, context.attempt]
+            asked = {"seconds_of": self.name, "text": reply.text, "at": at}
+            held = self._store.load(asked)
+            if held is not None:
+                service_s, queue_s = held["service_s"], 0.0
+            elif not self._store.is_replay:
+                self._store.save(asked, {"service_s": service_s})
+        times = {"service_s": receipt.service_s + service_s, "queue_s": receipt.queue_s + queue_s}
+        return dataclasses.replace(receipt, **times)
+
+    async def _use(self, reply: ExpertReply, receipt: Receipt, context: ToolContext) -> ToolResult:
         raise NotImplementedError
 
 
@@ -134,8 +161,8 @@ class Search(_Delegation):
     name = "search"
     description = "Look for documents: the expert writes the query."
 
-    def __init__(self, experts: Callable[[str], Expert], index: SearchIndex):
-        super().__init__(experts)
+    def __init__(self, experts: Callable[[str], Expert], index: SearchIndex, store: Store | None = None):
+        super().__init__(experts, store)
         self._index = index
 
     def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
@@ -144,17 +171,22 @@ class Search(_Delegation):
         embedding_usd = self._index.query_cost_usd("\U0010ffff" * MAX_QUERY_CHARS)
         return dataclasses.replace(quote, cost_usd=quote.cost_usd + embedding_usd)
 
-    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+    async def _use(self, reply: ExpertReply, receipt: Receipt, context: ToolContext) -> ToolResult:
         query = reply.text[:MAX_QUERY_CHARS]
         cost_usd = self._index.query_cost_usd(query)
         if cost_usd:
             receipt = _with_embedding(receipt, cost_usd)
+        watch, found, failure = _Stopwatch(), [], Reason.NONE
         find = functools.partial(self._index.search, query, NUM_SEARCH_RESULTS)
         try:
-            found = await asyncio.to_thread(find) if self._index.asks_outside else find()
+            found = await asyncio.to_thread(watch.run, find) if self._index.asks_outside else watch.run(find)
         except EmbeddingFailure as error:
-            receipt = dataclasses.replace(receipt, status=CallStatus.FAILED, reason=error.reason)
-            return ToolResult(f"search failed: {error.reason}", "search failed", receipt, CallStatus.FAILED)
+            failure = error.reason
+        receipt = self._with_work(receipt, reply, context, watch.work_s, watch.total_s)
+        if failure:
+            status = CallStatus.TIMEOUT if failure == Reason.DEADLINE else CallStatus.FAILED
+            receipt = dataclasses.replace(receipt, status=status, reason=failure)
+            return ToolResult(f"search failed: {failure}", "search failed", receipt, status)
         documents = [document for document, _ in found]
         if not documents:
             return ToolResult("no documents found", "no documents", receipt)
@@ -177,12 +209,14 @@ class EnhanceReasoning(_Delegation):
     name = "enhance_reasoning"
     description = "Compute: the expert writes a Python program, which is run."
 
-    def __init__(self, experts: Callable[[str], Expert], sandbox: PythonSandbox):
-        super().__init__(experts)
+    def __init__(self, experts: Callable[[str], Expert], sandbox: PythonSandbox, store: Store | None = None):
+        super().__init__(experts, store)
         self._sandbox = sandbox
 
-    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+    async def _use(self, reply: ExpertReply, receipt: Receipt, context: ToolContext) -> ToolResult:
+        watch = _Stopwatch()
         result = await asyncio.to_thread(self._sandbox.run, reply.text)
+        receipt = self._with_work(receipt, reply, context, result.service_s, watch.total_s)
         if result.status != ProgramStatus.OK:
             return ToolResult(f"the program failed: {result.stderr_line}", "program failed", receipt)
         printed = result.stdout.strip()
@@ -196,5 +230,5 @@ class Answer(_Delegation):
     name = "answer"
     description = "Answer the question: the expert gives the answer and the episode ends."
 
-    async def _use(self, reply: ExpertReply, receipt: Receipt) -> ToolResult:
+    async def _use(self, reply: ExpertReply, receipt: Receipt, context: ToolContext) -> ToolResult:
         return ToolResult(reply.text, "answered", receipt, answer=reply.text)

@@ -235,6 +235,7 @@ def _joined(outcome: Outcome[ExpertReply], late: ExpertReply | None) -> ExpertRe
         retry_s=outcome.retry_s,
         attempt=outcome.num_attempts,
         is_estimated=any(each.is_estimated for each in replies),
+        is_measured=True,
     )
 
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from orchestra_jax.data.records import Task
-from orchestra_jax.experts.expert import ExpertReply
+from orchestra_jax.experts.expert import ExpertReply, receipt_of
 from orchestra_jax.rewards.outcome import score_answer
-from orchestra_jax.tools.ledger import JUDGE, make_receipt
+from orchestra_jax.tools.ledger import JUDGE
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
 MAX_WORDS = 500
@@ -61,23 +61,9 @@ class Judge:
             return Verdict(1.0)
         reply = await self._model.complete(judge_messages(task, answer))
         found = _VERDICT.findall(reply.text.rsplit("</think>", 1)[-1]) if reply.status == CallStatus.OK else []
-        is_unreadable = reply.status == CallStatus.OK and not found
-        receipt = make_receipt(
-            JUDGE,
-            service_s=reply.latency_s,
-            model=self._model.model,
-            input_tokens=reply.input_tokens,
-            output_tokens=reply.output_tokens,
-            input_usd_per_million_tokens=self._model.usd_per_million_tokens[0],
-            output_usd_per_million_tokens=self._model.usd_per_million_tokens[1],
-            status=CallStatus.FAILED if is_unreadable else reply.status,
-            queue_s=reply.queue_s,
-            retry_s=reply.retry_s,
-            attempt=reply.attempt,
-            is_cache_hit=reply.is_cache_hit,
-            is_estimated=reply.is_estimated,
-            reason=Reason.UNREADABLE if is_unreadable else reply.reason,
-        )
+        if reply.status == CallStatus.OK and not found:
+            reply = dataclasses.replace(reply, status=CallStatus.FAILED, reason=Reason.UNREADABLE)
+        receipt = receipt_of(reply, JUDGE, self._model.model, self._model.usd_per_million_tokens)
         return Verdict(float(bool(found) and found[-1].lower() == "right"), (receipt,), is_known=bool(found))
 
 

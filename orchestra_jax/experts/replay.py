@@ -28,6 +28,9 @@ class RecordedExpert:
     def bound(self, request: ExpertRequest) -> ExpertBound:
         return self._expert.bound(request)
 
+    def bound_of(self, messages: Sequence[Mapping[str, str]]) -> ExpertBound:
+        return self._expert.bound_of(messages)
+
     async def reply(self, request: ExpertRequest) -> ExpertReply:
         sample = [request.instance.seed, request.rollout_index]
         asked = self._asked(request.role, render_messages(request), sample)
@@ -48,15 +51,16 @@ class RecordedExpert:
         }
 
     async def _held_or(self, asked: dict[str, object], ask: Callable[[], Awaitable[ExpertReply]]) -> ExpertReply:
-        held = self._store.load(asked)
-        if held is not None and (self._store.is_replay or held["status"] == CallStatus.OK):
-            named = {**held, "status": CallStatus(held["status"]), "reason": Reason(held["reason"])}
-            return dataclasses.replace(ExpertReply(**named), is_cache_hit=True, queue_s=0.0)
-        if self._store.is_replay:
-            return ExpertReply("", 0, 0, 0.0, CallStatus.FAILED, Reason.NOT_RECORDED, attempt=0)
-        reply = await ask()
-        self._store.save(asked, json_value(reply, "reply"))
-        return reply
+        async with self._store.turn(asked):
+            held = self._store.load(asked)
+            if held is not None and (self._store.is_replay or held["status"] == CallStatus.OK):
+                named = {**held, "status": CallStatus(held["status"]), "reason": Reason(held["reason"])}
+                return dataclasses.replace(ExpertReply(**named), is_cache_hit=True, queue_s=0.0)
+            if self._store.is_replay:
+                return ExpertReply("", 0, 0, 0.0, CallStatus.FAILED, Reason.NOT_RECORDED, attempt=0)
+            reply = await ask()
+            self._store.save(asked, json_value(reply, "reply"))
+            return reply
 
     async def close(self) -> None:
         await self._expert.close()

@@ -25,10 +25,14 @@ from orchestra_jax.tools.ledger import Totals
 
 @dataclasses.dataclass(frozen=True)
 class Quote:
-    """The most that a call can cost, and how long it takes where that is known beforehand (0 where it is not)."""
+    """The most that a call can cost, and how long it takes where that is known beforehand (0 where it is not).
+
+    `is_on_clock` is False for a call whose seconds are not the episode's: no budget cuts it.
+    """
 
     cost_usd: float
     latency_s: float = 0.0
+    is_on_clock: bool = True
 
 
 class Allowance:

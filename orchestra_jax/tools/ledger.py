@@ -12,9 +12,9 @@ apart: it is the wait for a place under our own limits, which grows with the num
 
 A turn opens with the orchestrator's own receipt (tool ORCHESTRATOR); the calls charged after it are the turn's and run
 in parallel. So a trajectory's flat tuple of receipts is enough to repeat the totals. Failed, refused and late calls are
-charged like any other. A judge's receipts (tool JUDGE) are the bill of the experiment and not of the policy: they
-belong to no turn and have a total of their own. Sums are exact (math.fsum): the order in which parallel calls finish
-shows in no total.
+charged like any other. The receipts of a judge, and of a model that plays the user (tools JUDGE and USER), are the bill
+of the experiment and not of the policy: they belong to no turn, their seconds to no latency, and each has a total of
+its own. Sums are exact (math.fsum): the order in which parallel calls finish shows in no total.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from orchestra_jax.types import CallStatus, Reason, Receipt
 
 ORCHESTRATOR = "orchestrator"
 JUDGE = "judge"
+USER = "user"
+EXPERIMENT = (JUDGE, USER)  # whose receipts are the experiment's bill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Totals:
     num_calls_not_ok: int
     retry_s: float = 0.0
     queue_s: float = 0.0
-    judge_cost_usd: float = 0.0  # in none of the above
+    judge_cost_usd: float = 0.0  # in none of the above, as the next
+    user_cost_usd: float = 0.0
 
 
 def token_cost_usd(
@@ -131,11 +134,11 @@ def read_receipt(fields: Mapping[str, object]) -> Receipt:
 def split_turns(receipts: Iterable[Receipt]) -> tuple[tuple[Receipt, ...], ...]:
     """Cuts a flat sequence, such as a trajectory's, into turns: each begins with the orchestrator's receipt.
 
-    A judge's receipts are left out.
+    The experiment's receipts are left out.
     """
     turns: list[list[Receipt]] = []
     for receipt in receipts:
-        if receipt.tool == JUDGE:
+        if receipt.tool in EXPERIMENT:
             continue
         if receipt.tool == ORCHESTRATOR:
             turns.append([])
@@ -170,9 +173,11 @@ def replay(receipts_by_turn: Sequence[Sequence[Receipt]]) -> Totals:
 
 
 def replay_receipts(receipts: Sequence[Receipt]) -> Totals:
-    """Totals of a flat sequence, a judge's receipts included: what `Ledger.totals` said when they were charged."""
-    judging = math.fsum(receipt.cost_usd for receipt in receipts if receipt.tool == JUDGE)
-    return dataclasses.replace(replay(split_turns(receipts)), judge_cost_usd=judging)
+    """Totals of a flat sequence, the experiment's bill included: what `Ledger.totals` said when they were charged."""
+    judge_usd, user_usd = (
+        math.fsum(receipt.cost_usd for receipt in receipts if receipt.tool == tool) for tool in EXPERIMENT
+    )
+    return dataclasses.replace(replay(split_turns(receipts)), judge_cost_usd=judge_usd, user_cost_usd=user_usd)
 
 
 class Ledger:
@@ -182,8 +187,8 @@ class Ledger:
         self._receipts: list[Receipt] = []
 
     def charge(self, receipt: Receipt) -> None:
-        """Books one receipt; the orchestrator's opens a turn, any other but a judge's belongs to the open turn."""
-        assert self._receipts or receipt.tool in (ORCHESTRATOR, JUDGE), (
+        """Books one receipt; the orchestrator's opens a turn, others but the experiment's belong to the open turn."""
+        assert self._receipts or receipt.tool in (ORCHESTRATOR, *EXPERIMENT), (
             f"a charge of {receipt.tool!r} stands before the first turn: charge the {ORCHESTRATOR!r} receipt first"
         )
         self._receipts.append(receipt)

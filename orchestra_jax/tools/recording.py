@@ -5,17 +5,20 @@ The address of a call is the SHA-256 of its request as canonical JSON, so a stor
     <directory>/<first two hex digits>/<sha256>.json = {"request": {...}, "reply": {...}}
 
 "record" asks what is not there yet, and again what had failed; "replay" asks nobody, and a call that is not there has
-failed for that reason. What is replayed is charged as it was recorded, and marked as a cache hit.
+failed for that reason. What is replayed is charged as it was recorded, and marked as a cache hit. Of several that ask
+for the same at once, one asks outside and the others wait for what it brings: a replay could not tell them apart.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -36,8 +39,13 @@ class Store:
             raise ValueError(f"a store is opened to {' or '.join(MODES)}, not {mode!r}")
         self._directory = pathlib.Path(directory)
         self.is_replay = mode == "replay"
+        self._turns: weakref.WeakValueDictionary[pathlib.Path, asyncio.Lock] = weakref.WeakValueDictionary()
         if self.is_replay and not self._directory.is_dir():
             raise ValueError(f"no recording at {directory}: record one first, or give its directory")
+
+    def turn(self, request: dict[str, object]) -> asyncio.Lock:
+        """To be held from before the look into the store until the reply is saved."""
+        return self._turns.setdefault(self._path(request), asyncio.Lock())
 
     def load(self, request: dict[str, object]) -> dict[str, object] | None:
         """What was recorded for this request; None if nothing was. ValueError for a file that is broken."""
@@ -84,17 +92,18 @@ class RecordedTool:
         request: dict[str, object] = {"tool": self.name, "arguments": arguments}
         if self._is_stateful:
             request["at"] = [context.instance.instance_id, context.rollout_index, context.call_number]
-        held = self._store.load(request)
-        if held is not None and (self._store.is_replay or held["status"] == CallStatus.OK):
-            return _read_result(held)
-        if self._store.is_replay:
-            receipt = make_receipt(
-                self.name, service_s=0.0, status=CallStatus.FAILED, attempt=0, reason=Reason.NOT_RECORDED
-            )
-            return ToolResult("this call was not recorded", "not recorded", receipt, CallStatus.FAILED)
-        result = await self._tool.run(arguments, context)
-        self._store.save(request, json_value(result, "result"))
-        return result
+        async with self._store.turn(request):
+            held = self._store.load(request)
+            if held is not None and (self._store.is_replay or held["status"] == CallStatus.OK):
+                return _read_result(held)
+            if self._store.is_replay:
+                receipt = make_receipt(
+                    self.name, service_s=0.0, status=CallStatus.FAILED, attempt=0, reason=Reason.NOT_RECORDED
+                )
+                return ToolResult("this call was not recorded", "not recorded", receipt, CallStatus.FAILED)
+            result = await self._tool.run(arguments, context)
+            self._store.save(request, json_value(result, "result"))
+            return result
 
 
 class ReplayedTool:

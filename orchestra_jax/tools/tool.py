@@ -7,6 +7,7 @@ OpenAI function format that the Qwen3 chat template renders.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from orchestra_jax.data.records import Instance
@@ -30,12 +31,17 @@ class Evidence:
         )
 
 
+def charge_nobody(receipt: Receipt) -> None:
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class ToolContext:
     """What a call may know besides its arguments: the instance, which rollout of it this is, the evidence so far.
 
     `call_number` counts the episode's calls from 0, `attempt` the toolbox's attempts at this one from 1. `allowance` is
-    what the turn may still use; None: no limit. `state` is what the environment opened the episode with.
+    what the turn may still use; None: no limit. `state` is what the environment opened the episode with. `charge` books
+    what is the experiment's bill and not the call's (ledger.EXPERIMENT), at once: it stands though the call be cut.
     """
 
     instance: Instance
@@ -45,6 +51,7 @@ class ToolContext:
     attempt: int = 1
     allowance: Allowance | None = None
     state: object = None
+    charge: Callable[[Receipt], None] = charge_nobody
 
 
 @dataclasses.dataclass(frozen=True)

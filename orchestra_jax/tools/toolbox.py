@@ -20,7 +20,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from orchestra_jax.tools.budget import Quote
-from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt
+from orchestra_jax.tools.ledger import EXPERIMENT, ORCHESTRATOR, make_receipt
 from orchestra_jax.tools.limits import Attempt, Limiter, Limits, Outcome
 from orchestra_jax.tools.tool import PricedTool, Tool, ToolContext, ToolResult
 from orchestra_jax.types import CallStatus, Reason, ToolCall
@@ -28,7 +28,7 @@ from orchestra_jax.types import CallStatus, Reason, ToolCall
 MAX_ARGUMENT_CHARS = 8_192
 MAX_MESSAGE_CHARS = 300
 MAX_NAME_CHARS = 40
-RESERVED_NAMES = (ORCHESTRATOR, JUDGE)  # a receipt of theirs is no call's
+RESERVED_NAMES = (ORCHESTRATOR, *EXPERIMENT)  # a receipt of theirs is no call's
 NOT_RETRIED = (Reason.SPEND_CAP, Reason.NOT_RECORDED, Reason.OVER_BUDGET)  # another attempt ends the same way
 
 
@@ -73,7 +73,8 @@ class Toolbox:
         left_s = math.inf
         if context.allowance is not None:
             quote = _quote(tool, call, context)
-            if not quote.latency_s:  # else its time is modelled, and no wall clock may cut it
+            is_modelled = quote.latency_s > 0
+            if quote.is_on_clock and not is_modelled:  # else no wall clock may cut it
                 left_s = context.allowance.left_s
             if message := context.allowance.admit(quote):
                 return refused(call.name, message, Reason.OVER_BUDGET)

@@ -45,7 +45,8 @@ class Played:
 
 
 def play(monkeypatch, delay_s, fails=None):
-    async def run_episode(instance, index, environment, engine, chat, config, seed):
+    async def run_episode(instance, index, environment, engine, chat, config, seed, prompt_tokens):
+        assert prompt_tokens == [f"prompt of {instance.instance_id}"]
         session_id = f"{instance.instance_id}{index}"
         for turn in range(NUM_TURNS[instance.instance_id, index]):
             await engine.generate((), None, request_id=f"{session_id}@{turn}", session_id=session_id)
@@ -54,9 +55,18 @@ def play(monkeypatch, delay_s, fails=None):
                 raise RuntimeError(f"bug in {session_id}")
         return Played(instance.instance_id, index)
 
+    encoded = []
+
+    def encode_instance(instance, environment, chat):
+        encoded.append(instance.instance_id)
+        return [f"prompt of {instance.instance_id}"]
+
     monkeypatch.setattr(groups, "run_episode", run_episode)
+    monkeypatch.setattr(groups, "encode_instance", encode_instance)
     engine = BatchingEngine()
-    return run_groups(INSTANCES, GROUP_SIZE, None, engine, None, None, 0), engine.batches
+    played = run_groups(INSTANCES, GROUP_SIZE, None, engine, None, None, 0)
+    assert encoded == ["a", "b"]  # once for all rollouts
+    return played, engine.batches
 
 
 DELAYS = {

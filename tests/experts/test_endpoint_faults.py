@@ -79,6 +79,19 @@ CASES = {
         False, "failed", "unreadable", 22, False, 2,
     ),
     "busy stream": ((429, "text/plain", b""), True, "failed", "rate_limited", 0, False, 2),
+    "broken stream": ((500, "text/plain", b"oh"), True, "failed", "server_error", 0, False, 2),
+    "stream of no event": (stream("[DONE]"), True, "failed", "no_connection", 0, True, 2),
+    "stream of empty choices": (
+        stream({**chunk(), "choices": []}, chunk(usage=GOOD_USAGE), "[DONE]"),
+        True, "failed", "no_connection", 0, True, 2,
+    ),
+    "stream of no content": (
+        stream(chunk(None, "stop"), chunk(usage=GOOD_USAGE), "[DONE]"), True, "failed", "unreadable", 11, False, 1,
+    ),
+    "stream with impossible counts": (
+        stream(chunk("<answer>Paris</answer>", "stop"), chunk(usage={**GOOD_USAGE, "completion_tokens": -1}), "[DONE]"),
+        True, "ok", "", 6, True, 1,
+    ),
     "cut stream": (stream(chunk("a"), chunk("bcdefg")), True, "failed", "no_connection", 4, True, 2),
     "no JSON in the stream": (stream(chunk("abcd"), "{"), True, "failed", "unreadable", 2, True, 2),
     "good stream": (GOOD_STREAM, True, "ok", "", 11, False, 1),

@@ -10,6 +10,7 @@ from orchestra_jax.run_directory import json_value
 from orchestra_jax.tools.ledger import (
     JUDGE,
     ORCHESTRATOR,
+    USER,
     Ledger,
     make_receipt,
     read_receipt,
@@ -136,13 +137,15 @@ def test_time_in_three_parts_and_what_of_it_the_user_waits():
         make_receipt("x", service_s=0.0, queue_s=math.nan)
 
 
-def test_judging_is_charged_and_is_no_part_of_the_episode():
+def test_judge_and_user_are_charged_and_are_no_part_of_the_episode():
     ledger = Ledger()
     judged = make_receipt(JUDGE, service_s=30.0, fixed_cost_usd=0.5)
-    for receipt in (generation(1.0), call(5.0, 0.01), judged):
+    played = make_receipt(USER, service_s=20.0, fixed_cost_usd=0.25)
+    for receipt in (played, generation(1.0), played, call(5.0, 0.01), judged):
         ledger.charge(receipt)
     totals = ledger.totals()
-    assert (totals.judge_cost_usd, totals.latency_s, totals.num_calls) == (0.5, 6.0, 1)
+    assert (totals.judge_cost_usd, totals.user_cost_usd) == (0.5, 0.5)
+    assert (totals.latency_s, totals.service_s, totals.num_calls) == (6.0, 6.0, 1)
     assert totals.cost_usd == pytest.approx(0.01 + 0.0002)
     assert [len(turn) for turn in split_turns(ledger.receipts)] == [2]
 

@@ -27,11 +27,13 @@ class Counter:
 
     async def run(self, arguments, context):
         self.num_runs += 1
+        number = self.num_runs
+        await asyncio.sleep(0)
         receipt = make_receipt(
             "count", service_s=0.1 + 0.2, queue_s=5.0, retry_s=1.0, attempt=2, fixed_cost_usd=0.1, status=self.status
         )
         evidence = Evidence(("a", "ü"), ("7",), "text")
-        return ToolResult(f"run {self.num_runs}", "ran", receipt, self.status, evidence, "answer", 3.0)
+        return ToolResult(f"run {number}", "ran", receipt, self.status, evidence, "answer", 3.0)
 
 
 def run(tool, arguments, context=CONTEXT):
@@ -60,6 +62,18 @@ def test_recording_asks_once_what_went_well_and_again_what_failed(tmp_path):
     assert [run(recorded, {"q": 3}).text for _ in range(2)] == ["run 1", "run 2"]
     replayed = run(RecordedTool(Counter(), Store(tmp_path, "replay")), {"q": 3})
     assert (replayed.text, replayed.status) == ("run 2", CallStatus.FAILED)
+
+
+def test_two_that_ask_the_same_at_once_are_one_call(tmp_path):
+    tool = Counter()
+    recorded = RecordedTool(tool, Store(tmp_path, "record"))
+
+    async def go():
+        return await asyncio.gather(*(recorded.run({"q": q}, CONTEXT) for q in (1, 1, 2)))
+
+    first, same, other = asyncio.run(go())
+    assert tool.num_runs == 2 and (first.text == same.text) and (first.text != other.text)
+    assert [each.receipt.is_cache_hit for each in (first, same, other)] == [False, True, False]
 
 
 def test_what_was_not_recorded_has_failed_for_that_reason(tmp_path):

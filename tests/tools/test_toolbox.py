@@ -7,7 +7,7 @@ import time
 import pytest
 
 from orchestra_jax.data.records import Instance, Preference, Task
-from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, make_receipt, replay_receipts, split_turns
+from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, USER, make_receipt, replay_receipts, split_turns
 from orchestra_jax.tools.tool import Evidence, ToolContext, ToolResult
 from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallStatus, Reason, ToolCall
@@ -84,7 +84,7 @@ def test_definitions_within_a_schema_hold_and_a_number_beyond_all_floats_is_refu
     assert told == ["sleep: 0.3 is not a multiple of 0.5", "sleep: a number in the arguments is too large"]
 
 
-@pytest.mark.parametrize("name", [ORCHESTRATOR, JUDGE])
+@pytest.mark.parametrize("name", [ORCHESTRATOR, JUDGE, USER])
 def test_no_call_can_pass_for_one_of_the_ledgers_own_receipts(name):
     """Else a policy that writes the name opens a turn, or pays nothing."""
     receipt = call(Toolbox([Sleeper()], timeout_s=5.0), name).receipt

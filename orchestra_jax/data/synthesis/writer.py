@@ -14,9 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from orchestra_jax.experts.expert import ExpertReply
+from orchestra_jax.experts.expert import ExpertReply, receipt_of
 from orchestra_jax.run_directory import json_value
-from orchestra_jax.tools.ledger import make_receipt
 from orchestra_jax.tools.recording import Store
 from orchestra_jax.types import CallStatus, Reason, Receipt
 
@@ -60,25 +59,8 @@ class Writer:
         """The text of a reply, without its thinking. Rejected where the endpoint gave none."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         reply = await self._reply(stage, messages, sample)
-        inputs, outputs = self._endpoint.usd_per_million_tokens
-        self.receipts.append(
-            make_receipt(
-                f"synthesis/{stage}",
-                model=self.model,
-                service_s=reply.latency_s,
-                input_tokens=reply.input_tokens,
-                output_tokens=reply.output_tokens,
-                input_usd_per_million_tokens=inputs,
-                output_usd_per_million_tokens=outputs,
-                status=reply.status,
-                queue_s=reply.queue_s,
-                retry_s=reply.retry_s,
-                attempt=reply.attempt,
-                is_cache_hit=reply.is_cache_hit,
-                is_estimated=reply.is_estimated,
-                reason=reply.reason,
-            )
-        )
+        prices = self._endpoint.usd_per_million_tokens
+        self.receipts.append(receipt_of(reply, f"synthesis/{stage}", self.model, prices))
         if reply.status != CallStatus.OK:
             raise Rejected("no reply", f"{self.model} gave no reply: {reply.reason or reply.status}")
         return reply.text.rsplit("</think>", 1)[-1].strip()

@@ -15,7 +15,7 @@ from orchestra_jax.data.records import Offer
 from orchestra_jax.environments.functions.function import Function, FunctionBroken, FunctionRefused, run_function
 from orchestra_jax.environments.functions.session import Session
 from orchestra_jax.environments.functions.user import Signal, User
-from orchestra_jax.experts.expert import ExpertBound, ExpertReply
+from orchestra_jax.experts.expert import ExpertBound, ExpertReply, receipt_of
 from orchestra_jax.tools.budget import Quote
 from orchestra_jax.tools.ledger import make_receipt, token_cost_usd
 from orchestra_jax.tools.tool import ToolContext, ToolResult
@@ -65,7 +65,11 @@ class FunctionTool:
 
 
 class TellUser:
-    """Says something to the user, whose reply is the result. The user's signal ends the episode."""
+    """Says something to the user, whose reply is the result. The user's signal ends the episode.
+
+    The call is free and takes no time on the episode's clock: what a model that plays the user costs and takes is the
+    experiment's, and charged as such.
+    """
 
     name = TELL_USER
     description = (
@@ -81,20 +85,24 @@ class TellUser:
     def __init__(self, user: User):
         self._user = user
 
+    def quote(self, arguments: dict[str, object], context: ToolContext) -> Quote:
+        return Quote(0.0, is_on_clock=False)
+
     async def run(self, arguments: dict[str, object], context: ToolContext) -> ToolResult:
         session: Session = context.state
         if context.call_number >= session.max_calls:
             return refused(self.name, f"all {session.max_calls} calls are spent", Reason.TOO_MANY_CALLS)
-        session.said.append(Message("assistant", str(arguments["text"])))
+        message = Message("assistant", str(arguments["text"]))
+        said = [*session.said, message]  # what nobody answers was not said: another attempt says it once
         try:
-            reply = await self._user.reply(session.task.scenario, session.said, session.user_tools)
+            reply = await self._user.reply(session.task.scenario, said, session.user_tools, context.charge)
         except FunctionBroken as error:
             broken = make_receipt(self.name, service_s=0.0, status=CallStatus.FAILED, reason=Reason.BROKEN_FUNCTION)
             return ToolResult(f"the user's function is broken: {error}", "failed", broken, CallStatus.FAILED)
         receipt = make_receipt(self.name, service_s=0.0, status=reply.status, reason=reply.reason)
         if reply.status != CallStatus.OK:
             return ToolResult(f"the user does not answer: {reply.reason}", "failed", receipt, reply.status)
-        session.said.append(Message("user", reply.text))
+        session.said += [message, Message("user", reply.text)]
         session.signal = reply.signal
         is_over = reply.signal != Signal.NONE
         return ToolResult(reply.text, reply.text, receipt, answer=str(arguments["text"]) if is_over else None)
@@ -150,23 +158,8 @@ class CallExpert:
         if offer is None:
             return refused(self.name, f"{alias[:40]!r} is not on offer", Reason.NOT_ON_OFFER)
         reply = await self._advisers(offer.model).advise(self._request(offer, context))
-        receipt = make_receipt(
-            self.name,
-            service_s=reply.latency_s,
-            alias=alias,
-            model=offer.model,
-            input_tokens=reply.input_tokens,
-            output_tokens=reply.output_tokens,
-            input_usd_per_million_tokens=offer.input_usd_per_million_tokens,
-            output_usd_per_million_tokens=offer.output_usd_per_million_tokens,
-            status=reply.status,
-            queue_s=reply.queue_s,
-            retry_s=reply.retry_s,
-            attempt=reply.attempt,
-            is_cache_hit=reply.is_cache_hit,
-            is_estimated=reply.is_estimated,
-            reason=reply.reason,
-        )
+        prices = offer.input_usd_per_million_tokens, offer.output_usd_per_million_tokens
+        receipt = receipt_of(reply, self.name, offer.model, prices, alias)
         text = reply.text if reply.status == CallStatus.OK else f"{alias} gave no advice: {reply.reason}"
         return ToolResult(text, text, receipt, reply.status)
 

@@ -8,16 +8,22 @@ phone of their own, say: they are called within the user's turn, and the policy 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import enum
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from orchestra_jax.environments.functions.task import UserScenario
-from orchestra_jax.experts.endpoint import EndpointExpert
-from orchestra_jax.types import CallStatus, Message, Reason, ToolCall
+from orchestra_jax.experts.expert import ExpertBound, ExpertReply, receipt_of
+from orchestra_jax.tools.ledger import USER
+from orchestra_jax.tools.tool import charge_nobody
+from orchestra_jax.types import CallStatus, Message, Reason, Receipt, ToolCall
+
+Charge = Callable[[Receipt], None]
 
 MAX_UNANSWERED = 2  # questions in a row that the script has no answer to
 MAX_CALLS_A_TURN = 20  # of the user's own functions
@@ -61,9 +67,15 @@ class UserTools(Protocol):
 
 
 class User(Protocol):
-    async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
+    async def reply(
+        self,
+        scenario: UserScenario,
+        said: Sequence[Message],
+        tools: UserTools | None = None,
+        charge: Charge = charge_nobody,
+    ) -> UserReply:
         """`said` in order, the policy's messages with role "assistant", the user's own with "user"; the last is the
-        policy's. FunctionBroken, of the user's functions, where there are some."""
+        policy's. `charge` is told what it costs. FunctionBroken, of the user's functions, where there are some."""
         ...
 
 
@@ -79,7 +91,13 @@ class ScriptedUser:
     it first makes the calls that a message spells, as `toggle_wifi()` or `grant({"app": "mail"})`, and says what they
     give."""
 
-    async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
+    async def reply(
+        self,
+        scenario: UserScenario,
+        said: Sequence[Message],
+        tools: UserTools | None = None,
+        charge: Charge = charge_nobody,
+    ) -> UserReply:
         if tools is not None and (calls := _spelled_calls(said[-1].content, tools.schemas)):
             return UserReply("\n".join(tools.run(call, len(said)) for call in calls))
         text = said[-1].content.lower()
@@ -142,18 +160,36 @@ TOOL_GUIDELINES = """You have functions of your own, listed below one a line: wh
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
+class UserModel(Protocol):
+    """Who is asked: an EndpointExpert, or a recorded one. Prices are of input and output."""
+
+    model: str
+    usd_per_million_tokens: tuple[float, float]
+
+    def bound_of(self, messages: Sequence[Mapping[str, str]]) -> ExpertBound: ...
+
+    async def complete(self, messages: Sequence[Mapping[str, str]]) -> ExpertReply: ...
+
+
 class ModelUser:
     """A model behind an OpenAI-compatible endpoint plays the user; the endpoint's account pays.
 
-    With functions it is asked again behind each call; after MAX_CALLS_A_TURN calls it gives up as OUT_OF_SCOPE.
+    With functions it is asked again behind each call; after MAX_CALLS_A_TURN calls it gives up as OUT_OF_SCOPE. Each
+    reply is charged as tool USER, the bill of the experiment and not of the policy (tools/ledger.py).
     """
 
-    def __init__(self, endpoint: EndpointExpert, guidelines: str = GUIDELINES):
+    def __init__(self, endpoint: UserModel, guidelines: str = GUIDELINES):
         self._endpoint, self._guidelines = endpoint, guidelines
 
-    async def reply(self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None = None) -> UserReply:
+    async def reply(
+        self,
+        scenario: UserScenario,
+        said: Sequence[Message],
+        tools: UserTools | None = None,
+        charge: Charge = charge_nobody,
+    ) -> UserReply:
         for _ in range(MAX_CALLS_A_TURN):
-            reply = await self._endpoint.complete(self._messages(scenario, said, tools))
+            reply = await self._ask(self._messages(scenario, said, tools), charge)
             if reply.status != CallStatus.OK:
                 return UserReply("", status=reply.status, reason=reply.reason)
             text = reply.text.rsplit("</think>", 1)[-1].strip()
@@ -162,6 +198,27 @@ class ModelUser:
                 return UserReply(text.replace(signal, "").strip() if signal else text, signal)
             tools.run(_read_call(match[1]), len(said))
         return UserReply("", Signal.OUT_OF_SCOPE)
+
+    async def _ask(self, messages: Sequence[Mapping[str, str]], charge: Charge) -> ExpertReply:
+        start_s = time.monotonic()
+        prices = self._endpoint.usd_per_million_tokens
+        try:
+            reply = await self._endpoint.complete(messages)
+        except asyncio.CancelledError:  # the tool's deadline: the most that it can have cost, as the account has it
+            most = self._endpoint.bound_of(messages)
+            cut = ExpertReply(
+                "",
+                most.input_tokens,
+                most.output_tokens,
+                time.monotonic() - start_s,
+                CallStatus.TIMEOUT,
+                Reason.DEADLINE,
+                is_estimated=True,
+            )
+            charge(receipt_of(cut, USER, self._endpoint.model, prices))
+            raise
+        charge(receipt_of(reply, USER, self._endpoint.model, prices))
+        return reply
 
     def _messages(
         self, scenario: UserScenario, said: Sequence[Message], tools: UserTools | None

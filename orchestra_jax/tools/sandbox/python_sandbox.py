@@ -20,6 +20,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 
 from orchestra_jax.tools.sandbox.isolation import STRONGEST, isolate
 
@@ -77,9 +78,11 @@ class PythonSandbox:
             cached = self._results.get(key)
         if cached is not None:
             return cached
+        start_s = time.monotonic()
         result = self._ask(request)
         if result is None:  # not remembered: it says nothing about the program's own output
-            return ProgramResult(ProgramStatus.ERROR, "", "the process that ran the program was killed", 0.0)
+            killed = "the process that ran the program was killed"
+            return ProgramResult(ProgramStatus.ERROR, "", killed, time.monotonic() - start_s)
         with self._lock:
             if len(self._results) >= MAX_CACHED_RESULTS:
                 self._results.pop(next(iter(self._results)))  # the oldest: dicts keep their order

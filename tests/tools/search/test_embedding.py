@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from orchestra_jax.tools.search.embedding import EmbeddingEndpoint, EmbeddingFai
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.toolset import build_index as build_run_index
 from orchestra_jax.types import CallStatus, Reason
+from tests.experts.conftest import endpoint  # noqa: F401
 
 KEY = "sk-nobody-may-see-this"
 OFFER = Offer("expert-1", "gpt-5", False, 1.0, 1.0, 2.0)
@@ -91,6 +93,66 @@ def test_each_failure_has_its_reason_and_charge_and_tells_no_key(respond, reason
     assert (error.value.reason, len(requests)) == (reason, 1)  # who is billed is asked once
     assert account.spent_usd == pytest.approx(paid_usd)
     assert KEY not in str(error.value) + repr(error.value) and KEY not in caplog.text
+
+
+def drip(handler):
+    """A reply that never stalls and never ends."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    while not handler.server.release.wait(0.02):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+
+
+def hang(handler):
+    handler.server.release.wait(30)
+
+
+@pytest.mark.parametrize(("stall", "price"), [(drip, 0.0), (hang, 1.0)])
+def test_the_deadline_holds_for_the_whole_call(endpoint, stall, price, tmp_path):  # noqa: F811
+    endpoint.respond = lambda body: stall
+    account = Account(1.0)
+    made = EmbeddingEndpoint(endpoint.url, "m", timeout_s=1.0, usd_per_million_tokens=price, account=account)
+    begin_s = time.monotonic()
+    with pytest.raises(EmbeddingFailure, match="failed: no vectors within 1 s") as error:
+        made.embed(["cat"])
+    assert 1.0 <= time.monotonic() - begin_s < 20
+    assert (error.value.reason, len(endpoint.requests)) == (Reason.DEADLINE, 1)
+    assert account.spent_usd == pytest.approx(3e-6 * price)  # nobody knows what the endpoint did by then
+    build_index(tmp_path / "index", DOCUMENTS, lambda texts: np.eye(2, dtype=np.float32)[: len(texts)])
+    late = search(DocumentIndex(tmp_path / "index", "dense", made.embed, price))
+    assert (late.status, late.receipt.status, late.receipt.reason) == ("timeout", "timeout", Reason.DEADLINE)
+
+
+def test_who_bills_nobody_is_asked_again_within_the_deadline():
+    replies = iter([broken(503), broken(429)])
+    with serve(lambda *asked: next(replies, vectors)(*asked)) as (url, requests):
+        begin_s = time.monotonic()
+        np.testing.assert_allclose(EmbeddingEndpoint(url, "m").embed(["cat"]), [[1, 0]])
+        assert len(requests) == 3 and time.monotonic() - begin_s >= 0.25 + 0.5
+    with serve(broken(503, **{"Retry-After": "60"})) as (url, requests):
+        with pytest.raises(EmbeddingFailure) as error:
+            EmbeddingEndpoint(url, "m", timeout_s=20.0).embed(["cat"])  # no time for the wait that it asks for
+        assert (error.value.reason, len(requests)) == (Reason.SERVER_ERROR, 1)
+    with pytest.raises(ValueError, match="timeout_s must be positive, got 0"):
+        EmbeddingEndpoint(url, "m", timeout_s=0)
+
+
+def test_one_client_serves_many_threads():
+    """As concurrent searches ask it, each from a thread, in the loops of one training step after another."""
+    with serve(vectors) as (url, requests):
+        made = EmbeddingEndpoint(url, "m")
+
+        async def go():
+            texts = ["cat", "dog"] * 10
+            return await asyncio.gather(*(asyncio.to_thread(made.embed, [text]) for text in texts))
+
+        for _ in range(2):
+            found = asyncio.run(go())
+            np.testing.assert_allclose(np.concatenate(found), np.tile(np.eye(2), (10, 1)))
+        assert len(requests) == 40
 
 
 def test_nobody_is_asked_beyond_the_cap_and_no_url_holds_a_key():
