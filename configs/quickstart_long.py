@@ -1,8 +1,8 @@
-"""The quickstart with five times the rollouts.
+"""The quickstart with four and a half times the rollouts.
 
     python -m experiments.train --config=configs/quickstart_long.py --workdir=runs/quickstart_long
 
-About 60 minutes on two CPU cores.
+Not measured yet.
 """
 
 from configs import quickstart

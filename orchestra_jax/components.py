@@ -209,9 +209,6 @@ def _check_mesh(config: RunConfig) -> None:
         raise ValueError(
             f"mesh.tensor {mesh.tensor} must divide the {num_kv_heads} key-value heads of {config.model!r}"
         )
-    is_on_host = config.warm_start.optimizer.is_state_on_host or settings.optimizer.is_state_on_host
-    if is_on_host and max(dataclasses.astuple(mesh)) > 1:
-        raise ValueError(f"optimizer.is_state_on_host is for one device, and {mesh} has more: leave one of them out")
 
 
 def _check_reward(config: RunConfig) -> None:

@@ -139,7 +139,7 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 360
+    num_steps: int = 400
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts

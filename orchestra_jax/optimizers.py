@@ -7,20 +7,23 @@
          leaves the thought readable at rates where AdamW does not (docs/log.md).
 
 The chain: gradients of frozen parameters become 0, the global norm of the others is clipped, the optimizer steps.
-Around it, where asked: the dtypes of a precision recipe (precision.py), and optimizer state that lies in host memory
-between steps (written for GPUs and not measured on one).
+Around it, where asked: the dtypes of a precision recipe (precision.py). Where the state lies between steps is not the
+optimizer's business: `check_optimizer` refuses host memory that is not there, policy.py places the state,
+grpo/train_step.py brings it to the device for a step and back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from orchestra_jax import sharding
 from orchestra_jax.precision import RECIPES, with_precision
 
 # bfloat16 has 8 bits: what decays by less than 1/256 of itself a step is rounded back to where it was.
@@ -60,7 +63,9 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
     precision: str = "float32"  # a key of precision.RECIPES
-    is_state_on_host: bool = False  # between steps
+    # Between steps, in the memory that jax calls "pinned_host": the device keeps its memory for activations, and a step
+    # pays for two copies of the moments. For GPUs, and not measured on one; on a CPU both places are the same memory.
+    is_state_on_host: bool = False
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -161,24 +166,18 @@ def decay_others(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gra
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
-def with_state_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets the state lie in the host's memory between steps: two copies a step for the memory of the moments.
-
-    For accelerators; on a CPU both places are the same memory. Not measured on a GPU.
-    """
-
-    def move(state, space):
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if jnp.ndim(leaf) else leaf, state)
-
-    def update(updates, state, params=None):
-        updates, state = optimizer.update(updates, move(state, jax.memory.Space.Device), params)
-        return updates, move(state, jax.memory.Space.Host)
-
-    return optax.GradientTransformation(lambda params: move(optimizer.init(params), jax.memory.Space.Host), update)
+def check_host_memory(name: str, kinds: Collection[str]) -> None:
+    """ValueError, which calls the config `name`: no memory of the host among the `kinds` that the devices reach."""
+    if sharding.HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"{name}.is_state_on_host needs memory of the kind {sharding.HOST_MEMORY!r}, and these devices reach "
+            f"{sorted(kinds)} alone: leave it out"
+        )
 
 
 def check_optimizer(config: OptimizerConfig, name: str) -> None:
-    """ValueError, which calls the config `name`: an unknown optimizer or precision, moments that would not move."""
+    """ValueError, which calls the config `name`: an unknown optimizer or precision, moments that would not move, or
+    would lie in memory that is not there."""
     if config.name not in OPTIMIZERS:
         raise ValueError(f"{name}.name {config.name!r} is not one of {sorted(OPTIMIZERS)}")
     if config.precision not in RECIPES:
@@ -189,6 +188,8 @@ def check_optimizer(config: OptimizerConfig, name: str) -> None:
             f"{name}: a moment that keeps {decay} of itself a step does not move in bfloat16, lower it to "
             f"{MAX_BFLOAT16_DECAY:.3f} or take another precision than {config.precision}"
         )
+    if config.is_state_on_host:
+        check_host_memory(name, sharding.memory_kinds())
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
@@ -213,5 +214,4 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         *([decay_others(config, schedule)] if config.undecayed else []),
         *frozen,
     )
-    optimizer = with_precision(optimizer, config.precision)
-    return with_state_on_host(optimizer) if config.is_state_on_host else optimizer
+    return with_precision(optimizer, config.precision)

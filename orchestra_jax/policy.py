@@ -64,11 +64,15 @@ def whole_params(model_config: ModelConfig, params, base_params=None):
     return jax.tree.map(lambda new, old: new if new is old else jax.device_put(new, old.sharding), merged, base_params)
 
 
-def new_state(config: RunConfig, model_config: ModelConfig, params, optimizer) -> TrainState:
-    """A state that has taken no step, on the devices of the mesh."""
+def new_state(config: RunConfig, model_config: ModelConfig, params, settings: OptimizerConfig, optimizer) -> TrainState:
+    """A state that has taken no step, on the devices of the mesh; its moments on the host, if `settings` say so."""
     state = init_state(params, optimizer)
     with on_mesh(config) as mesh:
-        return state if mesh is None else place_state(state, model_config, mesh)
+        state = state if mesh is None else place_state(state, model_config, mesh)
+    if not settings.is_state_on_host:
+        return state
+    moments = sharding.place(state.optimizer_state, sharding.host_shardings(state.optimizer_state))
+    return state._replace(optimizer_state=moments)
 
 
 def saved_arrays(config: RunConfig, model_config: ModelConfig, optimizer):
@@ -81,16 +85,25 @@ def saved_arrays(config: RunConfig, model_config: ModelConfig, optimizer):
             params = cast_parameters(params, config.warm_start.optimizer.precision)
         return {"state": init_state(trained, optimizer), "reference_params": params}
 
-    return abstract_arrays(config, model_config, jax.eval_shape(initial))
+    return abstract_arrays(config, model_config, config.grpo.optimizer, jax.eval_shape(initial))
 
 
-def abstract_arrays(config: RunConfig, model_config: ModelConfig, shapes):
-    """`shapes`, a tree that holds states or parameters, each array with its place on the devices of the run."""
+def abstract_arrays(config: RunConfig, model_config: ModelConfig, settings: OptimizerConfig, shapes):
+    """`shapes`, a dict with a "state" and parameters, each array with its place as `new_state` has it."""
     with on_mesh(config) as mesh:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda leaf: device, shapes)
         if mesh is not None:
             places = sharding.shardings(state_axes(shapes, model_config), mesh)
+    arrays = _with_places(shapes, places)
+    if settings.is_state_on_host:
+        moments = arrays["state"].optimizer_state
+        moments = _with_places(moments, sharding.host_shardings(moments))
+        arrays["state"] = arrays["state"]._replace(optimizer_state=moments)
+    return arrays
+
+
+def _with_places(shapes, places):
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )

@@ -29,6 +29,7 @@ RULES = {
     "length": ("context",),
     "activation": (),
 }
+HOST_MEMORY = "pinned_host"  # jax's name for memory of the host that its devices copy from and to
 
 
 def make_mesh(axis_sizes, devices=None) -> Mesh:
@@ -94,6 +95,22 @@ def num_splits(logical_name) -> int:
 def place(tree, shardings_tree):
     """The arrays of `tree` laid out as `shardings_tree` says; a dim must be a multiple of the axes that split it."""
     return jax.tree.map(jax.device_put, tree, shardings_tree)
+
+
+def memory_kinds() -> frozenset[str]:
+    """The kinds of memory that the devices reach."""
+    return frozenset(memory.kind for memory in jax.devices()[0].addressable_memories())
+
+
+def host_shardings(tree):
+    """Where the arrays of `tree`, or of their shapes, lie, but in the memory of the host; counters stay."""
+    return jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else leaf.sharding, tree)
+
+
+def device_shardings(tree):
+    """Where the arrays of `tree` lie, but all of them in their devices' own memory."""
+    own = jax.devices()[0].default_memory().kind
+    return jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(own), tree)
 
 
 def constrain(tree, logical_axes_tree):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from orchestra_jax import sharding
 from orchestra_jax.grpo.accumulation import deal_out, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import TrainState, apply_gradients, score_targets, state_axes, zero_gradients
+from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes, take_step, zero_gradients
 from orchestra_jax.models import lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.logprobs import token_logprobs
@@ -66,5 +66,5 @@ def supervised_step(
 
     make_zeros = functools.partial(zero_gradients, state.params, config=config, dtype="float32")
     gradients, losses = sum_gradients(add, make_zeros, deal_out(batches, num_threads))
-    state, _ = apply_gradients(state, gradients, config=config, optimizer=optimizer)
+    state, _ = take_step(state, gradients, config=config, optimizer=optimizer)
     return state, sum(losses)

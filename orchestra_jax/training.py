@@ -167,7 +167,7 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
     # Without factors the next step donates the buffers.
     reference_params = params if config.lora.rank else jax.tree.map(jnp.copy, params)
     trained = trained_params(config, params, config.grpo.optimizer, GRPO)
-    state = new_state(config, parts.model_config, trained, grpo_optimizer(config.grpo))
+    state = new_state(config, parts.model_config, trained, config.grpo.optimizer, grpo_optimizer(config.grpo))
     return Progress(state, reference_params, 0, 0.0, initial_multipliers(scoring_settings(config).budgets))
 
 
@@ -176,11 +176,11 @@ def start_or_restore_warm_start(config: RunConfig, parts: Components, params, op
     settings, step = config.warm_start.optimizer, checkpointer.latest_step()
     if step is None:
         trained = trained_params(config, params, settings, WARM_START)
-        return 0, new_state(config, parts.model_config, trained, optimizer)
+        return 0, new_state(config, parts.model_config, trained, settings, optimizer)
     shapes = jax.eval_shape(
         lambda: {"state": init_state(trained_params(config, params, settings, WARM_START), optimizer)}
     )
-    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts.model_config, shapes))
+    arrays, host = checkpointer.restore(step, abstract_arrays(config, parts.model_config, settings, shapes))
     batches.set_state(host["data_iterator"])
     return step, arrays["state"]
 

@@ -12,6 +12,8 @@ from orchestra_jax.optimizers import (
     MUON_AXES,
     OPTIMIZERS,
     OptimizerConfig,
+    check_host_memory,
+    check_optimizer,
     in_group,
     learning_rate_schedule,
     make_optimizer,
@@ -103,11 +105,11 @@ def test_groups_are_named_by_their_paths():
         one_step(undecayed=("bias",))
 
 
-def test_a_state_on_the_host_steps_the_same():
-    """On a CPU the memory is one; that the moves are part of the compiled step is what can be seen here."""
-    plain, _ = one_step(name="adamw")
-    hosted, _ = one_step(name="adamw", is_state_on_host=True)
-    jax.tree.map(np.testing.assert_array_equal, hosted, plain)
+def test_memory_that_the_devices_do_not_reach_is_refused():
+    told = "grpo.optimizer.is_state_on_host needs memory of the kind 'pinned_host', and these devices reach"
+    with pytest.raises(ValueError, match=told + r" \['device', 'unpinned_host'\] alone: leave it out"):
+        check_host_memory("grpo.optimizer", {"device", "unpinned_host"})
+    check_optimizer(OptimizerConfig(is_state_on_host=True), "grpo.optimizer")  # that of a CPU is there
 
 
 def test_moments_that_bfloat16_would_hold_still_are_refused():

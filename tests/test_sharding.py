@@ -96,9 +96,12 @@ batch = MicroBatch(
     np.roll(tokens, -1, axis=1).astype(np.int32), tokens % 3 > 0, np.full((8, 6), -3.5, np.float32),
     np.linspace(-1, 1, 8, dtype=np.float32),
 )
-def one_step(mesh):
+def one_step(mesh, is_on_host=False):
     state = init_state(jax.tree.map(jnp.copy, params), optimizer)
     state = state if mesh is None else place_state(state, config, mesh)
+    if is_on_host:
+        moments = sharding.place(state.optimizer_state, sharding.host_shardings(state.optimizer_state))
+        state = state._replace(optimizer_state=moments)
     return train_step(
         state, [batch, batch], 0.9, params, 0.1, config=config, settings=settings, optimizer=optimizer, num_updates=1
     )
@@ -119,6 +122,11 @@ for sizes in MESHES:
     # Data and context split no parameter, fsdp and tensor all that have such a dim: not the norms' scales.
     num_split = sum(not x.sharding.is_fully_replicated for x in moments(state))
     assert num_split == (0 if sizes == {"data": 4} else 2 * 9), num_split
+    with sharding.mesh_context(mesh):
+        hosted, _ = one_step(mesh, is_on_host=True)
+    for x, y in zip(moments(hosted), moments(state), strict=True):
+        assert x.sharding == y.sharding.with_memory_kind(sharding.HOST_MEMORY), (x.sharding, y.sharding)
+        np.testing.assert_array_equal(x, y)
 assert len(moments(expected_state)) == 2 * len(jax.tree.leaves(params))
 
 # Attention by tiles, and factors on a frozen base: over all axes but those that the lengths do not divide.

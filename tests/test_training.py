@@ -408,6 +408,14 @@ def test_the_learners_other_choices_run_and_resume_with_their_multipliers(tmp_pa
     assert untimed(tmp_path / "run") == lines and again["policies"] == summary["policies"]
 
 
+@pytest.mark.slow
+def test_a_run_with_its_moments_on_the_host_is_the_same_run(finished, unevaluated, tmp_path):
+    config = small_config()
+    config.warm_start.optimizer.is_state_on_host = config.grpo.optimizer.is_state_on_host = True
+    training.run(config, str(tmp_path / "run"))
+    assert untimed(tmp_path / "run") == untimed(finished[0])
+
+
 def bare_group(name):
     tokens, mask, zeros = np.array([1, 2, 3]), np.array([False, True, True]), np.zeros(3)
     rollout = Trajectory(name, 0, tokens, mask, zeros, zeros, 1, (), (), EpisodeStatus.ANSWERED, "", {})

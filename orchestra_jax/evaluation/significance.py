@@ -22,9 +22,13 @@ import numpy as np
 from orchestra_jax.evaluation.oracle import STATISTICS
 
 CONFIDENCE = 0.95
-REFERENCE_PREFERENCE = "balanced"
-# What a preference asks for, measured against REFERENCE_PREFERENCE: (preference, statistic, wanted direction).
-OBEDIENCE = (("cheap", "cost_usd", -1), ("fast", "latency_s", -1), ("outcome", "accuracy", 1))
+# What a preference asks for: (name, preference, the one that it is measured against, statistic, wanted direction).
+OBEDIENCE = (
+    ("cheap", "cheap", "balanced", "cost_usd", -1),
+    ("fast", "fast", "balanced", "latency_s", -1),
+    ("outcome", "outcome", "balanced", "accuracy", 1),
+    ("cheap_against_outcome", "cheap", "outcome", "cost_usd", -1),  # the ends of the scale
+)
 
 
 def paired_bootstrap(
@@ -111,7 +115,7 @@ def obedience(
     statistics: Mapping[str, np.ndarray], optimal: Mapping[str, np.ndarray], seed: int = 0
 ) -> dict[str, dict[str, object]]:
     """Does a policy move as the preference asks: cheaper under "cheap", faster under "fast", more often right under
-    "outcome", each against itself under "balanced" on the same draws?
+    "outcome", each against itself under "balanced" on the same draws; and cheaper under "cheap" than under "outcome"?
 
     Args:
       statistics: [N, S] of the policy by preference; row n is the same draw under every preference.
@@ -119,20 +123,20 @@ def obedience(
       seed: of the permutation test.
 
     Returns:
-      By preference (those of OBEDIENCE that are there, with "balanced"; else none):
-      "statistic": its name; "move": the mean under the preference - under "balanced", in the statistic's unit;
+      By name (those of OBEDIENCE whose two preferences are there):
+      "statistic": its name; "move": the mean under the preference - under the other one, in the statistic's unit;
       "optimal_move": the optimum's; "share": move / optimal_move, 1 is full obedience and below 0 the wrong way, None
       where the optimum itself does not move as asked; "p_value": one-sided, that the policy does not move as asked.
     """
     moves = {}
-    for preference, statistic, direction in OBEDIENCE:
-        if not {preference, REFERENCE_PREFERENCE} <= statistics.keys():
+    for name, preference, reference, statistic, direction in OBEDIENCE:
+        if not {preference, reference} <= statistics.keys():
             continue
         column = STATISTICS.index(statistic)
-        policy_N, reference_N = (statistics[name][:, column] for name in (preference, REFERENCE_PREFERENCE))
+        policy_N, reference_N = (statistics[each][:, column] for each in (preference, reference))
         move = float((policy_N - reference_N).mean())
-        optimal_move = float((optimal[preference] - optimal[REFERENCE_PREFERENCE])[:, column].mean())
-        moves[preference] = {
+        optimal_move = float((optimal[preference] - optimal[reference])[:, column].mean())
+        moves[name] = {
             "statistic": statistic,
             "move": move,
             "optimal_move": optimal_move,

@@ -273,6 +273,26 @@ def apply_gradients(state: TrainState, gradients, *, config: ModelConfig, optimi
     return sharding.constrain(state, state_axes(state, config)), optax.tree.norm(gradients)
 
 
+def take_step(state: TrainState, gradients, *, config: ModelConfig, optimizer) -> tuple[TrainState, jax.Array]:
+    """`apply_gradients` for a state whose moments may lie in the host's memory: they come to the device and go back.
+
+    Between compiled programs and not within one: jax gives a donated buffer to an output of its shape whatever the
+    memory of the two, and one of the host's for one of the device's ends the process.
+    """
+    moments = state.optimizer_state
+    hosted = [leaf for leaf in jax.tree.leaves(moments) if leaf.sharding.memory_kind == sharding.HOST_MEMORY]
+    if not hosted:
+        return apply_gradients(state, gradients, config=config, optimizer=optimizer)
+    moments = sharding.place(moments, sharding.device_shardings(moments))
+    for leaf in hosted:
+        leaf.delete()  # what donation does to the rest
+    state, norm = apply_gradients(
+        state._replace(optimizer_state=moments), gradients, config=config, optimizer=optimizer
+    )
+    moments = sharding.place(state.optimizer_state, sharding.host_shardings(state.optimizer_state))
+    return state._replace(optimizer_state=moments), norm
+
+
 def train_step(
     state: TrainState,
     batches: Sequence[MicroBatch | PackedBatch],
@@ -329,7 +349,7 @@ def train_step(
         make_zeros = functools.partial(zero_gradients, state.params, config=config, dtype=gradient_dtype)
         add_to = functools.partial(add, number == 0, state.params)
         gradients, metrics = sum_gradients(add_to, make_zeros, parts)
-        state, gradient_norm = apply_gradients(state, gradients, config=config, optimizer=optimizer)
+        state, gradient_norm = take_step(state, gradients, config=config, optimizer=optimizer)
     return state, {**_combine(jax.device_get(metrics)), "gradient_norm": float(gradient_norm)}
 
 

@@ -101,7 +101,7 @@ def test_the_summary_has_its_form(evaluated):
             assert set(entry["calls"]) == {"search", "enhance_reasoning", "answer"} | {each.alias for each in EXPERTS}
             assert entry["num_tasks"] == 40
     assert set(summary["comparisons"]) == BASELINES
-    assert set(summary["obedience"]) == {"cheap", "fast", "outcome"}
+    assert set(summary["obedience"]) == {"cheap", "fast", "outcome", "cheap_against_outcome"}
     assert 2**25 < summary["peak_rss_bytes"] < 2**37
     json.dumps(summary, allow_nan=False)
 

@@ -111,29 +111,35 @@ def test_obedience_by_hand():
         "balanced": played(cost_usd=0.010, latency_s=20.0, accuracy=0.6),
         "cheap": played(cost_usd=0.006, latency_s=30.0, accuracy=0.5),
         "fast": played(cost_usd=0.010, latency_s=22.0, accuracy=0.5),
-        "outcome": played(cost_usd=0.010, latency_s=20.0, accuracy=0.6),
+        "outcome": played(cost_usd=0.012, latency_s=20.0, accuracy=0.6),
     }
     optimal = {
         "balanced": played(cost_usd=0.008, latency_s=20.0, accuracy=0.7),
         "cheap": played(cost_usd=0.003, latency_s=20.0, accuracy=0.7),
         "fast": played(cost_usd=0.008, latency_s=12.0, accuracy=0.7),
-        "outcome": played(cost_usd=0.008, latency_s=20.0, accuracy=0.7),
+        "outcome": played(cost_usd=0.018, latency_s=20.0, accuracy=0.7),
     }
     moves = obedience(policy, optimal)
     assert {name: entry["statistic"] for name, entry in moves.items()} == {
         "cheap": "cost_usd",
         "fast": "latency_s",
         "outcome": "accuracy",
+        "cheap_against_outcome": "cost_usd",
     }
     assert moves["cheap"]["move"] == pytest.approx(-0.004) and moves["cheap"]["optimal_move"] == pytest.approx(-0.005)
     assert moves["cheap"]["share"] == pytest.approx(0.8) and moves["cheap"]["p_value"] < 0.001
     assert moves["fast"]["share"] == pytest.approx(-0.25) and moves["fast"]["p_value"] == 1.0  # slower: the wrong way
     assert moves["outcome"]["share"] is None  # the optimum does not move either
     assert moves["outcome"]["p_value"] == 1.0
+    ends = moves["cheap_against_outcome"]
+    assert ends["move"] == pytest.approx(-0.006) and ends["optimal_move"] == pytest.approx(-0.015)
+    assert ends["share"] == pytest.approx(0.4) and ends["p_value"] < 0.001
 
 
-def test_obedience_needs_the_balanced_preference():
+def test_obedience_needs_both_preferences():
     statistics = {"cheap": played(cost_usd=0.1), "fast": played(latency_s=1.0)}
     assert obedience(statistics, statistics) == {}
     with_balanced = {**statistics, "balanced": played(cost_usd=0.2, latency_s=1.0)}
     assert list(obedience(with_balanced, with_balanced)) == ["cheap", "fast"]
+    ends = {"cheap": statistics["cheap"], "outcome": played(cost_usd=0.3)}
+    assert list(obedience(ends, ends)) == ["cheap_against_outcome"]
