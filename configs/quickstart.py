@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes about 18 minutes and 3 GB. README.md says what it reaches.
+Takes about 19 minutes and 3 GB. README.md says what it reaches.
 """
 
 from orchestra_jax.config import RunConfig

@@ -14,10 +14,6 @@ import pathlib
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import GrpoConfig, RunConfig
-from orchestra_jax.data.pipeline import Part
-from orchestra_jax.data.records import Preference, Task
-from orchestra_jax.demonstrations import DemonstratedTurn
-from orchestra_jax.environments.environment import Environment
 from orchestra_jax.environments.question_answering import reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.world import check_pools
@@ -44,7 +40,7 @@ from orchestra_jax.rewards.objectives import Objective
 from orchestra_jax.rewards.preference import FORMS
 from orchestra_jax.settings import num_threads
 from orchestra_jax.tools.budget import Account
-from orchestra_jax.worlds import WORLDS
+from orchestra_jax.worlds import WORLDS, World
 
 OUTCOMES = ("computed", "judged")
 BATCHINGS = ("shared_prompt", "packed")
@@ -52,22 +48,16 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 VOCAB_MULTIPLE = 32  # the embedding is padded to it
 
 
-@dataclasses.dataclass(frozen=True)
-class Components:
-    """Close `resources` (the sandbox, servers of tools) in the end."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Components(World):
+    """The world, and what all worlds have. Close `resources` (the sandbox, servers of tools) in the end."""
 
     chat: Chat
     model_config: ModelConfig  # with the tokenizer's vocabulary
-    environment: Environment
     resources: contextlib.ExitStack
     account: Account  # real money
     objectives: tuple[Objective, ...]
     rollout: RolloutConfig
-    train_tasks: tuple[Task, ...]
-    test_tasks: tuple[Task, ...]
-    preferences: tuple[Preference, ...]
-    demonstrated_turn: DemonstratedTurn  # of the warm start
-    train_parts: tuple[Part, ...] = ()  # of files, mixed by weight; if there are any, there are no `train_tasks`
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
@@ -311,9 +301,9 @@ def build_components(config: RunConfig) -> Components:
         world = WORLDS[config.environment](config, account, opened)
         resources = opened.pop_all()  # a mistake before this line closes what was opened
     return Components(
+        **vars(world),
         chat=chat,
         model_config=model_config,
-        environment=world.environment,
         resources=resources,
         account=account,
         objectives=build_objectives(config),
@@ -327,9 +317,4 @@ def build_components(config: RunConfig) -> Components:
             orchestrator_tokens_per_s=config.world.orchestrator_tokens_per_s,
             ends_on_tool_failure=config.episode.ends_on_tool_failure,
         ),
-        train_tasks=world.train_tasks,
-        test_tasks=world.test_tasks,
-        preferences=world.preferences,
-        demonstrated_turn=world.demonstrated_turn,
-        train_parts=world.train_parts,
     )

@@ -24,7 +24,7 @@ class Replicas:
 
     def _forget(self) -> None:
         self._by_session: dict[str, int] = {}  # the engine's number
-        self._by_prompt: dict[bytes, int] = {}
+        self._by_prompt: dict[tuple[int, ...], int] = {}
         self._num_sessions = [0] * len(self.engines)
 
     async def generate(
@@ -37,8 +37,7 @@ class Replicas:
         """A session stays where it began: with its prompt, or where the fewest sessions are."""
         if session_id not in self._by_session:
             emptiest = self._num_sessions.index(min(self._num_sessions))
-            prompt = ",".join(map(str, prompt_tokens)).encode()
-            number = self._by_session[session_id] = self._by_prompt.setdefault(prompt, emptiest)
+            number = self._by_session[session_id] = self._by_prompt.setdefault(tuple(prompt_tokens), emptiest)
             self._num_sessions[number] += 1
         return self._by_session[session_id]
 
