@@ -52,13 +52,15 @@ def test_the_quickstart_trains_through_a_kill(served, tmp_path):
         with open(log, "wb") as output:
             trainer = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         try:
-            wait_for(lambda: trainer.poll() is not None or (deaths and seen[-1][0] == "2"), 600.0, "step after a kill")
+            wait_for(lambda: trainer.poll() is not None or deaths, 600.0, "kill")
+            with held(trainer):  # or its next weights may be there before the successor takes the present ones
+                wait_for(lambda: served.pid(killed) != pid, START_S, "successor")
+            wait_for(lambda: trainer.poll() is not None or seen[-1][0] == "2", 600.0, "step after a kill")
             assert trainer.poll() is None, log.read_text()[-3000:]
-            trainer.send_signal(signal.SIGSTOP)
-            wait_for(lambda: served.pid(killed) != pid and label(killed), START_S, "restarted server")
-            assert label(killed) == "1"
-            num_before = served.num_generated(killed)
-            trainer.send_signal(signal.SIGCONT)
+            with held(trainer):
+                wait_for(lambda: label(killed), START_S, "restarted server")
+                assert label(killed) == "1"
+                num_before = served.num_generated(killed)
             trainer.wait(600)
         finally:
             trainer.kill()
@@ -83,6 +85,13 @@ def test_the_quickstart_trains_through_a_kill(served, tmp_path):
     assert dict(there)["3"] == dict(seen)["3"]  # the weights of the last step; the evaluation sends its own
     assert label(killed) == label(steady) == str(version_of(whole_version(served.directory / "weights")))
     assert served.num_generated(killed) > num_before
+
+
+@contextlib.contextmanager
+def held(process):
+    process.send_signal(signal.SIGSTOP)
+    yield
+    process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager
