@@ -14,7 +14,9 @@ from absl import app, flags
 SUITES = {
     "aot": "experiments.benchmarks.aot",
     "decode": "experiments.benchmarks.decode",
+    "decode_bandwidth": "experiments.benchmarks.decode_bandwidth",
     "environments": "experiments.benchmarks.environments",
+    "grpo_step": "experiments.benchmarks.grpo_step",
     "logprobs": "experiments.benchmarks.logprobs",
     "pipeline": "experiments.benchmarks.pipeline",
     "sglang": "experiments.benchmarks.sglang",

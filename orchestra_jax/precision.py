@@ -4,7 +4,7 @@ A bfloat16 has 8 significant bits: an update below 1/512 of a parameter rounds t
 reinforcement learning (1e-6) nearly all of them do. So a bfloat16 parameter needs either a float32 master copy, which
 takes the updates and is rounded into the parameter, or stochastic rounding, which takes them in expectation. The
 arithmetic of a step is float32 in every recipe. Bytes a parameter, gradients included: float32 16, float32_lean 12,
-bfloat16_master 18, bfloat16_lean 12, bfloat16_stochastic 10.
+bfloat16_master 18, bfloat16_lean 12, bfloat16_stochastic 10, bfloat16_stochastic_lean 8.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ RECIPES = {
     "bfloat16_master": Recipe("bfloat16", "float32", "float32", "float32"),
     "bfloat16_lean": Recipe("bfloat16", "float32", "bfloat16", "bfloat16"),
     "bfloat16_stochastic": Recipe("bfloat16", "none", "bfloat16", "float32", has_stochastic_rounding=True),
+    "bfloat16_stochastic_lean": Recipe("bfloat16", "none", "bfloat16", "bfloat16", has_stochastic_rounding=True),
 }
 
 

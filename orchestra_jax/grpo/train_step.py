@@ -102,7 +102,10 @@ def prefix_and_own_hidden(params, batch: MicroBatch, config: ModelConfig) -> tup
     model = Transformer(config)
     positions_PT = jnp.broadcast_to(jnp.arange(batch.prefix_tokens_PT.shape[1])[None, :], batch.prefix_tokens_PT.shape)
     segments_PT = (positions_PT < batch.prefix_lengths_P[:, None]).astype(jnp.int32)
-    hidden_PTD, keys_values = model.apply({"params": params}, batch.prefix_tokens_PT, positions_PT, segments_PT)
+    hidden_PTD, keys_values = model.apply(
+        {"params": params}, batch.prefix_tokens_PT, positions_PT, segments_PT,
+        segment_lengths_BM=batch.prefix_lengths_P[:, None],
+    )  # fmt: skip
     num_rows, num_tokens = batch.input_tokens_BI.shape
     cache = shared_prefix_cache(keys_values, batch.prefix_lengths_P, num_rows // len(batch.prefix_tokens_PT))
     offsets_BI = jnp.broadcast_to(jnp.arange(num_tokens)[None, :], batch.input_tokens_BI.shape)
@@ -115,7 +118,8 @@ def prefix_and_own_hidden(params, batch: MicroBatch, config: ModelConfig) -> tup
 def packed_hidden(params, batch: PackedBatch, config: ModelConfig) -> jax.Array:
     """Hidden states [B, C, D] of whole trajectories; none sees another one of its row."""
     segments_BC, positions_BC = layout(batch.segment_lengths_RS, batch.tokens_RT.shape[1])
-    return Transformer(config).apply({"params": params}, batch.tokens_RT, positions_BC, segments_BC)[0]
+    lengths = {"segment_lengths_BM": batch.segment_lengths_RS}
+    return Transformer(config).apply({"params": params}, batch.tokens_RT, positions_BC, segments_BC, **lengths)[0]
 
 
 class LossInputs(NamedTuple):

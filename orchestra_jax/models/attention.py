@@ -27,12 +27,17 @@ CHUNKED_FROM = 2048 * 2048  # scores of a head from which on "auto" no longer ho
 
 
 class Visibility(NamedTuple):
-    """A token sees the keys of its own segment at its own or an earlier position. Key row c serves B / C token rows."""
+    """A token sees the keys of its own segment at its own or an earlier position. Key row c serves B / C token rows.
+
+    `segment_lengths_BM`: what rows of whole segments side by side, padding behind them, are made of, at most M; 0 for
+    none. A fused kernel that knows them holds no mask.
+    """
 
     query_segments_BT: jax.Array
     query_positions_BT: jax.Array
     key_segments_BS: jax.Array
     key_positions_BS: jax.Array
+    segment_lengths_BM: jax.Array | None = None
 
     def mask_BTS(self):
         is_same_BTS = self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]
@@ -55,9 +60,9 @@ def for_products(keys_XSKH, values_XSKH):
     return jnp.moveaxis(keys_XSKH, -3, -1), jnp.moveaxis(values_XSKH, -3, -2)
 
 
-def own_visibility(positions_BT, segment_ids_BT) -> Visibility:
+def own_visibility(positions_BT, segment_ids_BT, segment_lengths_BM=None) -> Visibility:
     """Of new tokens among themselves (padding, id 0, sees padding)."""
-    return Visibility(segment_ids_BT, positions_BT, segment_ids_BT, positions_BT)
+    return Visibility(segment_ids_BT, positions_BT, segment_ids_BT, positions_BT, segment_lengths_BM)
 
 
 def cache_visibility(positions_BT, segment_ids_BT, lengths_B, num_slots) -> Visibility:

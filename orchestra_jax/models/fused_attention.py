@@ -19,12 +19,33 @@ PADDING_SEGMENT = -2  # sees itself alone
 
 
 def attend_cudnn(q_BTNH, blocks):
-    """NVIDIA's fused kernel, bfloat16 or float16, packed rows by a mask."""
+    """NVIDIA's fused kernel, bfloat16 or float16: packed rows by the lengths of their segments, others by a mask."""
     if q_BTNH.dtype.itemsize != 2:
         raise ValueError(f'attention "cudnn" in {q_BTNH.dtype}: it takes bfloat16 or float16; choose "auto"')
     keys_BSKH, values_BSKH, visibility = _own_keys("cudnn", q_BTNH, blocks)
-    mask_B1TS = visibility.mask_BTS()[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, implementation="cudnn")
+    if visibility.segment_lengths_BM is None:
+        mask_B1TS = visibility.mask_BTS()[:, None]
+        return jax.nn.dot_product_attention(q_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, implementation="cudnn")
+    # jax.nn does not pass the segments of a row on, so the function behind it is called.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    lengths_BM, starts_BM = cudnn_segments(visibility.segment_lengths_BM, q_BTNH.shape[1])
+    return cudnn.dot_product_attention(
+        q_BTNH, keys_BSKH, values_BSKH, q_seqlen=lengths_BM, kv_seqlen=lengths_BM, q_offsets=starts_BM,
+        kv_offsets=starts_BM, scale=q_BTNH.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+
+
+def cudnn_segments(segment_lengths_BM, num_tokens):
+    """-> (lengths [B, M + 1], starts [B, M + 2]), int32, as cuDNN takes them: -1 for none.
+
+    The padding is a segment of its own, so that the kernel leaves no token's output unwritten.
+    """
+    padding_B1 = num_tokens - segment_lengths_BM.sum(axis=1, keepdims=True)
+    lengths_BM = jnp.concatenate([segment_lengths_BM, padding_B1], axis=1).astype(jnp.int32)
+    starts_BM = jnp.where(lengths_BM > 0, jnp.cumsum(lengths_BM, axis=1) - lengths_BM, -1)
+    starts_BM = jnp.pad(starts_BM, [(0, 0), (0, 1)], constant_values=-1)
+    return jnp.where(lengths_BM > 0, lengths_BM, -1), starts_BM
 
 
 def attend_pallas(q_BTNH, blocks):

@@ -17,6 +17,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from orchestra_jax.models import attention, rotary
 from orchestra_jax.models.config import ModelConfig
@@ -24,6 +25,7 @@ from orchestra_jax.models.config import ModelConfig
 # What the backward pass finds stored from the forward pass of a layer; "none" stores all, without rematerialisation.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "feed_forward": jax.checkpoint_policies.save_only_these_names("gate", "up"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -34,12 +36,13 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, segment_ids_BT, cache=None):
+    def __call__(self, tokens_BT, positions_BT, segment_ids_BT, cache=None, segment_lengths_BM=None):
         """-> (hidden_BTD in the compute dtype after the final norm, (keys_LBTKH, values_LBTKH) of the new tokens).
 
         Segment id 0 is padding. A token sees its own segment at its own or an earlier position; with a cache, new real
-        tokens are segment 1 and see the filled slots of their cache row too. ValueError if the cache is for another
-        number of token rows.
+        tokens are segment 1 and see the filled slots of their cache row too. `segment_lengths_BM` says no more than
+        the ids of rows that are packed from the left, positions rising, but spares fused attention a mask of T x T.
+        ValueError if the cache is for another number of token rows.
         """
         config = self.config
         embedding_shape = (config.vocab_size, config.hidden_size)
@@ -50,7 +53,7 @@ class Transformer(nn.Module):
         hidden_BTD = nn.with_logical_constraint(hidden_BTD, ACTIVATIONS)
         context = {
             "rotary": rotary.rotary(positions_BT, config),
-            "own": attention.own_visibility(positions_BT, segment_ids_BT),
+            "own": attention.own_visibility(positions_BT, segment_ids_BT, segment_lengths_BM),
         }
         cache_keys_values = None
         if cache is not None:
@@ -135,7 +138,9 @@ class FeedForward(nn.Module):
         gate_DF = _parameter(self, "gate", (hidden, width), ("embed", "mlp"), hidden)
         up_DF = _parameter(self, "up", (hidden, width), ("embed", "mlp"), hidden)
         down_FD = _parameter(self, "down", (width, hidden), ("mlp", "embed"), width)
-        gated_BTF = jax.nn.silu(_adapted(self, "gate", x_BTD, gate_DF)) * _adapted(self, "up", x_BTD, up_DF)
+        gate_BTF = checkpoint_name(_adapted(self, "gate", x_BTD, gate_DF), "gate")
+        up_BTF = checkpoint_name(_adapted(self, "up", x_BTD, up_DF), "up")
+        gated_BTF = jax.nn.silu(gate_BTF) * up_BTF
         return _adapted(self, "down", gated_BTF, down_FD)
 
 

@@ -1,0 +1,70 @@
+"""Decode steps of a published size on the accelerator at hand, random weights, against its memory's bandwidth.
+
+    python -m experiments.benchmark --suite=decode_bandwidth --option=num_rows=64
+
+The embedded engine's own `decode` on a full lane. The bound: the weights of layers and head, and the keys and values of
+the tokens seen, each read once a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+
+def run(
+    model: str = "qwen3-8b",
+    num_layers: int = 0,  # 0: the model's own
+    num_rows: int = 64,
+    num_seen: int = 1024,  # tokens in the cache of each row
+    num_steps: int = 32,  # of a dispatch
+    num_dispatches: int = 5,
+    attention: str = "auto",
+    bandwidth_gb_s: float = 4800.0,  # an H200's data sheet
+) -> dict[str, object]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from orchestra_jax.generation.decoding import Limits, Turns, decode
+    from orchestra_jax.generation.sampling import SamplingRows
+    from orchestra_jax.models.config import MODELS
+    from orchestra_jax.models.kv_cache import empty_cache
+    from orchestra_jax.models.transformer import init_params
+
+    config = dataclasses.replace(
+        MODELS[model], parameter_dtype="bfloat16", attention=attention,
+        **({"num_layers": num_layers} if num_layers else {}),
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    num_slots = -(-(num_seen + num_steps) // 64) * 64
+    lane = empty_cache(config, num_rows, num_slots)
+    ones = np.ones(num_rows, np.float32)
+    sampling = SamplingRows(
+        ones, np.zeros(num_rows, np.int32), ones, 0 * ones, np.arange(2 * num_rows, dtype=np.uint32).reshape(-1, 2)
+    )
+    nothing = np.full((num_rows, 2), -1, np.int32)
+    counts = np.full(num_rows, num_seen, np.int32), np.ones(num_rows, np.int32), np.full(num_rows, num_steps, np.int32)
+    turns = Turns(*counts, nothing, nothing, sampling)
+    limits = Limits(jnp.int32(num_steps), jnp.int32(num_rows + 1))
+    times_s = []
+    for _ in range(num_dispatches + 1):  # the first one compiles
+        start_s = time.perf_counter()
+        lane, sampled = jax.block_until_ready(decode(params, lane, turns, limits, config=config, max_steps=num_steps))
+        times_s.append(time.perf_counter() - start_s)
+    step_s = statistics.median(times_s[1:]) / int(sampled.num_steps)
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - (
+        0 if config.is_tied else params["embedding"].nbytes
+    )
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * lane.keys_LCKHS.dtype.itemsize
+    read_bytes = weight_bytes + num_rows * (num_seen + num_steps / 2) * token_bytes
+    bound_s = read_bytes / bandwidth_gb_s / 1e9
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind, "jax": jax.__version__, "model": model, "num_layers": config.num_layers,
+        "num_rows": num_rows, "num_seen": num_seen, "num_slots": num_slots, "first_dispatch_s": times_s[0],
+        "step_ms": 1e3 * step_s, "tokens_per_s": num_rows / step_s, "read_gb": read_bytes / 1e9,
+        "bound_ms": 1e3 * bound_s, "share_of_bandwidth": bound_s / step_s,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
+    }  # fmt: skip
