@@ -22,6 +22,7 @@ def run(
     num_dispatches: int = 5,
     attention: str = "auto",
     bandwidth_gb_s: float = 4800.0,  # an H200's data sheet
+    trace: str = "",  # a directory for a profile of one more dispatch, that TensorBoard and Perfetto read
 ) -> dict[str, object]:
     import jax
     import jax.numpy as jnp
@@ -48,11 +49,18 @@ def run(
     counts = np.full(num_rows, num_seen, np.int32), np.ones(num_rows, np.int32), np.full(num_rows, num_steps, np.int32)
     turns = Turns(*counts, nothing, nothing, sampling)
     limits = Limits(jnp.int32(num_steps), jnp.int32(num_rows + 1))
+
+    def dispatch(lane):
+        return jax.block_until_ready(decode(params, lane, turns, limits, config=config, max_steps=num_steps))
+
     times_s = []
     for _ in range(num_dispatches + 1):  # the first one compiles
         start_s = time.perf_counter()
-        lane, sampled = jax.block_until_ready(decode(params, lane, turns, limits, config=config, max_steps=num_steps))
+        lane, sampled = dispatch(lane)
         times_s.append(time.perf_counter() - start_s)
+    if trace:
+        with jax.profiler.trace(trace, create_perfetto_trace=True):
+            lane, sampled = dispatch(lane)
     step_s = statistics.median(times_s[1:]) / int(sampled.num_steps)
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - (
         0 if config.is_tied else params["embedding"].nbytes

@@ -33,6 +33,7 @@ def run(
     is_state_on_host: bool = False,
     num_steps: int = 5,
     peak_tflops: float = 989.0,
+    trace: str = "",  # a directory for a profile of one more step, that TensorBoard and Perfetto read
 ) -> dict[str, object]:
     """The figures of `num_steps` steps behind two that compile and warm up; seconds are medians on the wall."""
     import jax
@@ -58,6 +59,9 @@ def run(
     parts = {name: statistics.median(seconds(part) for _ in range(3)) for name, part in learner.parts(batches).items()}
     update, reference = model_flops(config, num_micro_batches * num_rows, num_tokens, num_segments, lora_rank > 0)
     update_s = step_s - num_micro_batches * parts["reference_s"]
+    if trace:
+        with jax.profiler.trace(trace, create_perfetto_trace=True):
+            jax.block_until_ready(learner.step(batches))
     device = jax.devices()[0]
     return {
         "device": device.device_kind, "jax": jax.__version__, "model": model, "num_layers": config.num_layers,
