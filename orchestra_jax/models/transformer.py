@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from orchestra_jax.models import attention, rotary
+from orchestra_jax.models import attention, decode_attention, rotary
 from orchestra_jax.models.config import ModelConfig
 
 # What the backward pass finds stored from the forward pass of a layer; "none" stores all, without rematerialisation.
@@ -30,6 +30,7 @@ REMAT_POLICIES = {
 }
 
 ACTIVATIONS = ("batch", "length", "activation")
+JOINED = "query_key_value"  # of `join_projections`
 
 
 class Transformer(nn.Module):
@@ -55,16 +56,20 @@ class Transformer(nn.Module):
             "rotary": rotary.rotary(positions_BT, config),
             "own": attention.own_visibility(positions_BT, segment_ids_BT, segment_lengths_BM),
         }
-        cache_keys_values = None
+        cached = None
         if cache is not None:
             if len(cache.lengths_B) != len(tokens_BT):
                 raise ValueError(
                     f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: make them equal"
                 )
-            cache_keys_values = (cache.keys_LCKHS, cache.values_LCKSH)
-            context["cache"] = attention.cache_visibility(
-                positions_BT, segment_ids_BT, cache.lengths_B, cache.num_slots
-            )
+            if decode_attention.can_attend(config, cache, tokens_BT.shape[1]):
+                cached = jnp.arange(config.num_layers)
+                context["stack"] = decode_attention.CacheStack(*cache)
+            else:
+                cached = (cache.keys_LCKHS, cache.values_LCKSH)
+                context["cache"] = attention.cache_visibility(
+                    positions_BT, segment_ids_BT, cache.lengths_B, cache.num_slots
+                )
         layers = nn.scan(
             _rematerialised_block(config.remat),
             variable_axes={"params": 0},
@@ -73,7 +78,7 @@ class Transformer(nn.Module):
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, name="layers")
-        hidden_BTD, new_keys_values = layers(hidden_BTD, cache_keys_values, context)
+        hidden_BTD, new_keys_values = layers(hidden_BTD, cached, context)
         if not config.is_tied:  # declared with the rest, read by head_weights
             _parameter(self, "head", embedding_shape[::-1], ("embed", "vocab"), config.hidden_size)
         return RMSNorm(config, "norm", name="final_norm")(hidden_BTD), new_keys_values
@@ -83,9 +88,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache_keys_values, context):
+    def __call__(self, x_BTD, cached, context):
         attended_BTD, new_keys_values = Attention(self.config, name="attention")(
-            RMSNorm(self.config, "norm", name="attention_norm")(x_BTD), cache_keys_values, context
+            RMSNorm(self.config, "norm", name="attention_norm")(x_BTD), cached, context
         )
         x_BTD = x_BTD + attended_BTD
         x_BTD += FeedForward(self.config, name="feed_forward")(
@@ -98,22 +103,27 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache_keys_values, context):
-        """`cache_keys_values`: this layer's ([C, K, H, S], [C, K, S, H]) or None.
+    def __call__(self, x_BTD, cached, context):
+        """`cached`: this layer's ([C, K, H, S], [C, K, S, H]), or its number in the stack of the context, or None.
 
         Returns the output and the new tokens' keys and values, each [B, T, K, H].
         """
         config = self.config
         hidden, num_heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         kv_shape, kv_names = (hidden, config.num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
-        query_DNH = _parameter(self, "query", (hidden, num_heads, head_dim), ("embed", "heads", "head_dim"), hidden)
-        key_DKH = _parameter(self, "key", kv_shape, kv_names, hidden)
-        value_DKH = _parameter(self, "value", kv_shape, kv_names, hidden)
         output_shape, output_names = (num_heads, head_dim, hidden), ("heads", "head_dim", "embed")
+        if self.has_variable("params", JOINED):
+            joined_BTNH = project(x_BTD, self.get_variable("params", JOINED))
+            starts = (num_heads, num_heads + config.num_kv_heads)
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(joined_BTNH, starts, axis=2)
+        else:
+            query_DNH = _parameter(self, "query", (hidden, num_heads, head_dim), ("embed", "heads", "head_dim"), hidden)
+            key_DKH = _parameter(self, "key", kv_shape, kv_names, hidden)
+            value_DKH = _parameter(self, "value", kv_shape, kv_names, hidden)
+            q_BTNH = _adapted(self, "query", x_BTD, query_DNH)
+            k_BTKH = _adapted(self, "key", x_BTD, key_DKH)
+            v_BTKH = _adapted(self, "value", x_BTD, value_DKH)
         output_NHD = _parameter(self, "output", output_shape, output_names, num_heads * head_dim)
-        q_BTNH = _adapted(self, "query", x_BTD, query_DNH)
-        k_BTKH = _adapted(self, "key", x_BTD, key_DKH)
-        v_BTKH = _adapted(self, "value", x_BTD, value_DKH)
         if config.has_qkv_bias:
             q_BTNH = _add_bias(self, "query_bias", q_BTNH, "heads")
             k_BTKH = _add_bias(self, "key_bias", k_BTKH, "kv_heads")
@@ -122,10 +132,13 @@ class Attention(nn.Module):
             q_BTNH = RMSNorm(config, "head_dim", name="query_norm")(q_BTNH)
             k_BTKH = RMSNorm(config, "head_dim", name="key_norm")(k_BTKH)
         q_BTNH, k_BTKH = (rotary.rotate(x, context["rotary"]) for x in (q_BTNH, k_BTKH))
-        blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
-        if cache_keys_values is not None:
-            blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
-        attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
+        if "stack" in context:
+            attended_BTNH = decode_attention.attend(q_BTNH, k_BTKH, v_BTKH, context["stack"], cached)
+        else:
+            blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
+            if cached is not None:
+                blocks.append(attention.KeyBlock(*cached, context["cache"]))
+            attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
         return _adapted(self, "output", attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
 
 
@@ -138,10 +151,21 @@ class FeedForward(nn.Module):
         gate_DF = _parameter(self, "gate", (hidden, width), ("embed", "mlp"), hidden)
         up_DF = _parameter(self, "up", (hidden, width), ("embed", "mlp"), hidden)
         down_FD = _parameter(self, "down", (width, hidden), ("mlp", "embed"), width)
-        gate_BTF = checkpoint_name(_adapted(self, "gate", x_BTD, gate_DF), "gate")
-        up_BTF = checkpoint_name(_adapted(self, "up", x_BTD, up_DF), "up")
+        gate_BTF = _named(self, "gate", _adapted(self, "gate", x_BTD, gate_DF))
+        up_BTF = _named(self, "up", _adapted(self, "up", x_BTD, up_DF))
         gated_BTF = jax.nn.silu(gate_BTF) * up_BTF
         return _adapted(self, "down", gated_BTF, down_FD)
+
+
+def _named(module, name, x_BTF):
+    """`x` under the name by which the policy "feed_forward" stores it.
+
+    On a GPU the copy into the stack of all layers would become one with the product, which is then computed twice: once
+    for the stack, once for the layer. The barrier keeps the two apart.
+    """
+    if module.config.remat == "feed_forward":
+        x_BTF = jax.lax.optimization_barrier(x_BTF)
+    return checkpoint_name(x_BTF, name)
 
 
 class RMSNorm(nn.Module):
@@ -215,6 +239,17 @@ def logical_axes(config: ModelConfig):
 def _init_boxed(config, key):
     one_token_BT = jnp.zeros((1, 1), jnp.int32)
     return Transformer(config).init(key, one_token_BT, one_token_BT, one_token_BT)["params"]
+
+
+def join_projections(params):
+    """The parameters with the query, key and value matrices of a layer side by side, [L, D, N + 2 K, H].
+
+    One product for three, of the same columns: for decoding on a GPU, which a few rows by one of them do not fill.
+    """
+    attention = dict(params["layers"]["attention"])
+    joined_LDNH = jnp.concatenate([attention.pop(name) for name in ("query", "key", "value")], axis=2)
+    layers = {**params["layers"], "attention": {**attention, JOINED: joined_LDNH}}
+    return {**params, "layers": layers}
 
 
 def head_weights(params, config: ModelConfig):
