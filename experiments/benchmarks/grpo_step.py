@@ -1,7 +1,7 @@
 """A GRPO train step of a published size on the accelerator at hand, random weights: seconds, model FLOP/s, memory.
 
     python -m experiments.benchmark --suite=grpo_step
-    python -m experiments.benchmark --suite=grpo_step --option=num_tokens=16384 --option=remat=feed_forward
+    python -m experiments.benchmark --suite=grpo_step --option=num_tokens=16384
 
 The product's own `train_step` on packed rows, with the log-probabilities of a reference policy of its own, gradients
 and the optimizer's step. What is counted as work, whatever is computed twice:
@@ -26,7 +26,7 @@ def run(
     num_micro_batches: int = 1,
     num_segments: int = 4,  # of equal length, the later half of each scored
     precision: str = "bfloat16_stochastic_lean",
-    remat: str = "dots",
+    remat: str = "feed_forward",
     attention: str = "auto",
     chunk: int = 2048,
     lora_rank: int = 0,
@@ -60,6 +60,7 @@ def run(
     update, reference = model_flops(config, num_micro_batches * num_rows, num_tokens, num_segments, lora_rank > 0)
     update_s = step_s - num_micro_batches * parts["reference_s"]
     if trace:
+        learner.gradients = None  # of the parts: a step has its own
         with jax.profiler.trace(trace, create_perfetto_trace=True):
             jax.block_until_ready(learner.step(batches))
     device = jax.devices()[0]

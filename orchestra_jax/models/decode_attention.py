@@ -7,8 +7,8 @@ The slots of a row are cut into parts that run side by side, so that few rows fi
 al. 2023). The R query heads of a key head share what is read; slots behind a row's length are not read. The cache comes
 as the stack of all layers with the layer's number, for a slice of the stack would be a copy of it. Pallas, by Triton.
 
-Legend: C rows, K key-value heads, R query heads of one, N = K * R, H head dim, L layers, S cache slots, X parts, Z slots
-of a tile, M rows of a tile of queries.
+Legend: C rows, K key-value heads, R query heads of one, N = K * R, H head dim, L layers, S cache slots, X parts, Z
+slots of a tile, M rows of a tile of queries.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def attend_parts(q_CKRH, stack: CacheStack, layer, is_interpreted: bool):
     return [x[:, :, :, :num_queries] for x in outputs]
 
 
-def _attend_part(num_queries, part_slots, layer_ref, length_ref, q_ref, keys_ref, values_ref, maximum_ref, total_ref, out_ref):
+def _attend_part(
+    num_queries, part_slots, layer_ref, length_ref, q_ref, keys_ref, values_ref, maximum_ref, total_ref, out_ref
+):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
