@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 MASKED = -1e30  # finite: a part of no slots weighs 0
 TILE = 64  # slots that are read at a time
-NUM_PROGRAMS = 2048  # there should be, or more: fifteen to each of an H200's multiprocessors
+NUM_PROGRAMS = 1024  # there should be, or more: eight to each of an H200's multiprocessors
 MIN_ROWS = 16  # of a tile of queries: what a tensor core takes
 
 

@@ -30,6 +30,7 @@ def check(dtype, tolerance):
         np.testing.assert_allclose(np.float32(actual), np.float32(expected), atol=tolerance)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpreted on a CPU alone")
 def test_the_kernel_equals_plain_attention_when_interpreted(monkeypatch):
     monkeypatch.setattr(decode_attention, "NUM_PROGRAMS", 3 * NUM_ROWS * NUM_KV_HEADS)  # three parts: of 2, 2, 1 tiles
     check(jnp.float32, 1e-5)
