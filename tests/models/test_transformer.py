@@ -107,6 +107,13 @@ def test_scan_equals_layer_by_layer(params):
     np.testing.assert_allclose(apply(TINY, params, tokens_BT), hidden_BTD, atol=1e-5)
 
 
+def test_joined_projections_compute_the_same(params):
+    tokens_BT = random_tokens(2, 7)
+    joined = transformer.join_projections(params)
+    assert set(params["layers"]["attention"]) - set(joined["layers"]["attention"]) == {"query", "key", "value"}
+    np.testing.assert_allclose(apply(TINY, joined, tokens_BT), apply(TINY, params, tokens_BT), atol=1e-5)
+
+
 def test_rope_theta_changes_the_output_and_only_relative_positions_count(params):
     tokens_BT = random_tokens(1, 6)
     hidden_BTD = apply(TINY, params, tokens_BT)
