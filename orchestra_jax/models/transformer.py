@@ -30,6 +30,7 @@ REMAT_POLICIES = {
 }
 
 ACTIVATIONS = ("batch", "length", "activation")
+HEADS = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}  # the logical axis of each projection
 JOINED = "query_key_value"  # of `join_projections`
 
 
@@ -109,25 +110,10 @@ class Attention(nn.Module):
         Returns the output and the new tokens' keys and values, each [B, T, K, H].
         """
         config = self.config
-        hidden, num_heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
-        kv_shape, kv_names = (hidden, config.num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
-        output_shape, output_names = (num_heads, head_dim, hidden), ("heads", "head_dim", "embed")
-        if self.has_variable("params", JOINED):
-            joined_BTNH = project(x_BTD, self.get_variable("params", JOINED))
-            starts = (num_heads, num_heads + config.num_kv_heads)
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(joined_BTNH, starts, axis=2)
-        else:
-            query_DNH = _parameter(self, "query", (hidden, num_heads, head_dim), ("embed", "heads", "head_dim"), hidden)
-            key_DKH = _parameter(self, "key", kv_shape, kv_names, hidden)
-            value_DKH = _parameter(self, "value", kv_shape, kv_names, hidden)
-            q_BTNH = _adapted(self, "query", x_BTD, query_DNH)
-            k_BTKH = _adapted(self, "key", x_BTD, key_DKH)
-            v_BTKH = _adapted(self, "value", x_BTD, value_DKH)
-        output_NHD = _parameter(self, "output", output_shape, output_names, num_heads * head_dim)
-        if config.has_qkv_bias:
-            q_BTNH = _add_bias(self, "query_bias", q_BTNH, "heads")
-            k_BTKH = _add_bias(self, "key_bias", k_BTKH, "kv_heads")
-            v_BTKH = _add_bias(self, "value_bias", v_BTKH, "kv_heads")
+        q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(self, x_BTD)
+        output_shape = (config.num_heads, config.head_dim, config.hidden_size)
+        fan_in = config.num_heads * config.head_dim
+        output_NHD = _parameter(self, "output", output_shape, ("heads", "head_dim", "embed"), fan_in)
         if config.has_qk_norm:
             q_BTNH = RMSNorm(config, "head_dim", name="query_norm")(q_BTNH)
             k_BTKH = RMSNorm(config, "head_dim", name="key_norm")(k_BTKH)
@@ -140,6 +126,23 @@ class Attention(nn.Module):
                 blocks.append(attention.KeyBlock(*cached, context["cache"]))
             attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
         return _adapted(self, "output", attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
+
+
+def _queries_keys_values(module, x_BTD):
+    """The three projections of the tokens, biases added; by one product where the parameters are joined for it."""
+    config = module.config
+    num_queries, num_keys = config.num_heads, config.num_kv_heads
+    if module.has_variable("params", JOINED):
+        joined_BTNH = project(x_BTD, module.get_variable("params", JOINED))
+        projected = jnp.split(joined_BTNH, (num_queries, num_queries + num_keys), axis=2)
+    else:
+        projected = []
+        for name, num_heads in (("query", num_queries), ("key", num_keys), ("value", num_keys)):
+            shape, names = (config.hidden_size, num_heads, config.head_dim), ("embed", HEADS[name], "head_dim")
+            projected.append(_adapted(module, name, x_BTD, _parameter(module, name, shape, names, config.hidden_size)))
+    if not config.has_qkv_bias:
+        return projected
+    return [_add_bias(module, f"{name}_bias", x, HEADS[name]) for name, x in zip(HEADS, projected, strict=True)]
 
 
 class FeedForward(nn.Module):
@@ -247,7 +250,7 @@ def join_projections(params):
     One product for three, of the same columns: for decoding on a GPU, which a few rows by one of them do not fill.
     """
     attention = dict(params["layers"]["attention"])
-    joined_LDNH = jnp.concatenate([attention.pop(name) for name in ("query", "key", "value")], axis=2)
+    joined_LDNH = jnp.concatenate([attention.pop(name) for name in HEADS], axis=2)
     layers = {**params["layers"], "attention": {**attention, JOINED: joined_LDNH}}
     return {**params, "layers": layers}
 
