@@ -119,8 +119,9 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
     num_rows = len(turns.last_tokens_R)
     cache = cache._replace(lengths_B=turns.lengths_R)
     head_DV = head_weights(params, config)
-    if jax.default_backend() == "gpu" and jax.sharding.get_abstract_mesh().empty:
-        params = join_projections(params)  # a copy of these matrices a dispatch
+    is_on_one_gpu = jax.default_backend() == "gpu" and jax.sharding.get_abstract_mesh().empty
+    if is_on_one_gpu and is_allowed_RV is None:  # constrained turns take one step a dispatch: not worth its copy
+        params = join_projections(params)
 
     def is_running(sampled: Sampled):
         return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.num_left_R)
