@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from orchestra_jax import sharding
+from orchestra_jax.generation.head import head_logits
 from orchestra_jax.generation.sampling import SamplingRows, sample
 from orchestra_jax.models import compilation
 from orchestra_jax.models.config import ModelConfig
@@ -135,7 +136,7 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
         cache, token_R, num_ended, _, sampled = carry
         is_running_R = is_running(sampled)
         hidden_R1D, cache = _forward(params, cache, token_R[:, None], is_running_R[:, None], config)
-        logits_RV = jnp.matmul(hidden_R1D[:, 0], head_DV.astype(hidden_R1D.dtype), preferred_element_type=jnp.float32)
+        logits_RV = head_logits(hidden_R1D[:, 0], head_DV)
         token_R, logprob_R = sample(logits_RV, turns.sampling, cache.lengths_B, is_allowed_RV)
         is_stop_R = (token_R[:, None] == turns.stop_ids_RE).any(axis=1)
         is_watched_R = (token_R[:, None] == turns.watch_ids_RE).any(axis=1)
