@@ -76,7 +76,7 @@ print("in less time")
 
 @pytest.mark.slow
 def test_a_few_rows_take_less_time_than_the_compilers_product():
-    """That the sum becomes vectors is up to the compiler: without them, as in its quick mode, it takes ten times more."""
+    """Whether the sum becomes vectors is up to the compiler: without them it takes several times as long."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment["PYTHONPATH"] = str(pathlib.Path(head.__file__).parents[2])
     command = [sys.executable, "-c", IN_LESS_TIME]
