@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 INSTALL_REQUIRES = [
-    "jax>=0.10,<0.12",
+    "jax>=0.10,<0.12",  # 0.11 needs Python 3.12; on 3.11 pip takes 0.10
     "flax>=0.12",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
@@ -63,6 +63,7 @@ setup(
     description="A JAX implementation of ToolOrchestra: a small policy trained to orchestrate tools and larger models",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     packages=find_packages(include=["orchestra_jax", "orchestra_jax.*"]),
     package_data={"orchestra_jax": ["assets/**"]},
     install_requires=INSTALL_REQUIRES,

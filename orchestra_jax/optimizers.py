@@ -64,7 +64,7 @@ class OptimizerConfig:
     undecayed: tuple[str, ...] = ()
     precision: str = "float32"  # a key of precision.RECIPES
     # Between steps, in the memory that jax calls "pinned_host": the device keeps its memory for activations, and a step
-    # pays for two copies of the moments. For GPUs, and not measured on one; on a CPU both places are the same memory.
+    # pays for two copies of the moments. For GPUs, and not timed on one; on a CPU both places are the same memory.
     is_state_on_host: bool = False
 
 

@@ -19,12 +19,12 @@ from orchestra_jax import sharding
 from orchestra_jax.grpo.accumulation import deal_out, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes, take_step, zero_gradients
-from orchestra_jax.models import lora
+from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.logprobs import token_logprobs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="gradients")
+@functools.partial(compilation.jit, static_argnames=("config", "chunk"), donate_argnames="gradients")
 def add_supervised_gradients(
     gradients, params, batch: MicroBatch, num_tokens, base_params=None, *, config: ModelConfig, chunk: int
 ):

@@ -24,9 +24,10 @@ from jax.sharding import Mesh, PartitionSpec
 from orchestra_jax import sharding
 from orchestra_jax.generation.head import head_logits
 from orchestra_jax.generation.sampling import SamplingRows, sample
+from orchestra_jax.models import compilation
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import KVCache, empty_cache, write
-from orchestra_jax.models.transformer import Transformer, head_weights
+from orchestra_jax.models.transformer import Transformer, head_weights, join_projections
 
 # Where there is a mesh, each device keeps the key heads it computes. No names for the dims behind: jit hands arrays
 # back without them, and would take a cache that has them for one of another layout, to be compiled for anew.
@@ -74,7 +75,7 @@ def make_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: Mesh | 
     return jax.jit(make, out_shardings=sharding.shardings(CACHE_AXES, mesh))()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_slots"), donate_argnames="store")
+@functools.partial(compilation.jit, static_argnames=("config", "num_slots"), donate_argnames="store")
 def extend(
     params, store: KVCache, source_rows_R, rows_R, lengths_R, num_rows, tokens_RT, num_tokens_R,
     *, config: ModelConfig, num_slots: int,
@@ -96,7 +97,7 @@ def copy_rows(cache: KVCache, source: KVCache, rows_R, source_rows_R, num_rows) 
     return _put_rows(cache, rows_R, num_rows, _take_rows(source, source_rows_R, num_rows, num_slots))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="lane")
+@functools.partial(compilation.jit, static_argnames=("config", "max_steps"), donate_argnames="lane")
 def decode(
     params, lane: KVCache, turns: Turns, limits: Limits, is_allowed_RV=None, *, config: ModelConfig, max_steps: int
 ) -> tuple[KVCache, Sampled]:
@@ -104,7 +105,7 @@ def decode(
     return _decode(params, lane, turns, limits, is_allowed_RV, config, max_steps)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="lane")
+@functools.partial(compilation.jit, static_argnames=("config", "max_steps"), donate_argnames="lane")
 def decode_few(
     params, lane: KVCache, rows_R, num_rows, turns: Turns, limits: Limits, is_allowed_RV=None,
     *, config: ModelConfig, max_steps: int,
@@ -119,6 +120,9 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
     num_rows = len(turns.last_tokens_R)
     cache = cache._replace(lengths_B=turns.lengths_R)
     head_DV = head_weights(params, config)
+    is_on_one_gpu = jax.default_backend() == "gpu" and jax.sharding.get_abstract_mesh().empty
+    if is_on_one_gpu and is_allowed_RV is None:  # constrained turns take one step a dispatch: not worth its copy
+        params = join_projections(params)
 
     def is_running(sampled: Sampled):
         return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.num_left_R)

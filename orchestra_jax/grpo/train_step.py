@@ -27,7 +27,7 @@ from orchestra_jax.grpo.accumulation import deal_out, in_threads, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
 from orchestra_jax.grpo.packing import PackedBatch, layout
-from orchestra_jax.models import lora
+from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import shared_prefix_cache
 from orchestra_jax.models.logprobs import Splits, token_logprobs, token_logprobs_and_entropy
@@ -203,7 +203,7 @@ def _score_shared_once(score, hidden_PTD, hidden_BID, batch: MicroBatch):
     return jax.tree.map(behind_each_other, scores)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+@functools.partial(compilation.jit, static_argnames=("config", "chunk"))
 def batch_logprobs(
     params, batch: MicroBatch | PackedBatch, temperature, base_params=None, *, config: ModelConfig, chunk: int
 ) -> jax.Array:
@@ -211,7 +211,7 @@ def batch_logprobs(
     return score_targets(token_logprobs, lora.attach(params, base_params), batch, temperature, config, chunk)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
+@functools.partial(compilation.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
 def add_gradients(
     gradients,
     params,

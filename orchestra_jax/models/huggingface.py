@@ -63,6 +63,8 @@ COPIED_FILES = (
 def load_pretrained(directory: str | pathlib.Path, mesh: Mesh | None = None) -> tuple[Transformer, object]:
     """The model and its parameters, each tensor put onto its shards as soon as it is read.
 
+    Host memory beside the parameters: one file and one tensor at most.
+
     Args:
       directory: config.json beside model.safetensors, or beside shards with model.safetensors.index.json.
       mesh: what the parameters are laid out on by sharding.RULES; without one they go to the first device.
@@ -96,7 +98,8 @@ def load_pretrained(directory: str | pathlib.Path, mesh: Mesh | None = None) -> 
         put = _putter(sharding(spec))
         for layer, name in enumerate(names):
             one = jax.device_put(_read(file_of, name, dims, shape, dtype), sharding(spec[1:]))
-            stacked = put(stacked, one, layer)
+            # Waited for: what is still to be copied would be held on the host.
+            stacked = jax.block_until_ready(put(stacked, one, layer))
         leaves[path] = stacked
     return Transformer(config), _nested(leaves)
 
@@ -109,8 +112,9 @@ def _zeros(shape: tuple[int, ...], dtype, sharding: jax.sharding.Sharding):
 
 @functools.lru_cache(maxsize=128)
 def _putter(sharding: jax.sharding.Sharding):
+    # Not stacked.at[layer].set(one): for that XLA CPU copies all layers of a bfloat16 array.
     def put(stacked, one, layer):
-        return stacked.at[layer].set(one)
+        return jax.lax.dynamic_update_index_in_dim(stacked, one, layer, axis=0)
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
@@ -127,8 +131,8 @@ def save_pretrained(
 
     source_directory: where the model came from; its tokenizer, its generation settings and its ids of special tokens
     are carried over. Without one the new directory has none, but for `token_ids`, by the name in config.json. Host
-    memory: one shard. ValueError if the directory holds weights already, or parameters are of another dtype than the
-    config says.
+    memory: one shard and, twice, the tensor behind it. ValueError if the directory holds weights already, or
+    parameters are of another dtype than the config says.
     """
     other = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {model.config.parameter_dtype}
     if other:

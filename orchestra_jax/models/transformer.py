@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from orchestra_jax.models import attention, rotary
+from orchestra_jax.models import attention, decode_attention, rotary
 from orchestra_jax.models.config import ModelConfig
 
 # What the backward pass finds stored from the forward pass of a layer; "none" stores all, without rematerialisation.
@@ -30,6 +30,8 @@ REMAT_POLICIES = {
 }
 
 ACTIVATIONS = ("batch", "length", "activation")
+HEADS = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}  # the logical axis of each projection
+JOINED = "query_key_value"  # of `join_projections`
 
 
 class Transformer(nn.Module):
@@ -55,16 +57,21 @@ class Transformer(nn.Module):
             "rotary": rotary.rotary(positions_BT, config),
             "own": attention.own_visibility(positions_BT, segment_ids_BT, segment_lengths_BM),
         }
-        cache_keys_values = None
+        cached = None
         if cache is not None:
             if len(cache.lengths_B) != len(tokens_BT):
                 raise ValueError(
                     f"{len(tokens_BT)} token rows with a cache for {len(cache.lengths_B)}: make them equal"
                 )
-            cache_keys_values = (cache.keys_LCKHS, cache.values_LCKSH)
-            context["cache"] = attention.cache_visibility(
-                positions_BT, segment_ids_BT, cache.lengths_B, cache.num_slots
-            )
+            if decode_attention.can_attend(config, cache, tokens_BT.shape[1]):
+                cached = jnp.arange(config.num_layers)
+                lengths_B = jnp.where(segment_ids_BT[:, 0] > 0, jnp.minimum(cache.lengths_B, cache.num_slots), 0)
+                context["stack"] = decode_attention.CacheStack(cache.keys_LCKHS, cache.values_LCKSH, lengths_B)
+            else:
+                cached = (cache.keys_LCKHS, cache.values_LCKSH)
+                context["cache"] = attention.cache_visibility(
+                    positions_BT, segment_ids_BT, cache.lengths_B, cache.num_slots
+                )
         layers = nn.scan(
             _rematerialised_block(config.remat),
             variable_axes={"params": 0},
@@ -73,7 +80,7 @@ class Transformer(nn.Module):
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, name="layers")
-        hidden_BTD, new_keys_values = layers(hidden_BTD, cache_keys_values, context)
+        hidden_BTD, new_keys_values = layers(hidden_BTD, cached, context)
         if not config.is_tied:  # declared with the rest, read by head_weights
             _parameter(self, "head", embedding_shape[::-1], ("embed", "vocab"), config.hidden_size)
         return RMSNorm(config, "norm", name="final_norm")(hidden_BTD), new_keys_values
@@ -83,9 +90,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache_keys_values, context):
+    def __call__(self, x_BTD, cached, context):
         attended_BTD, new_keys_values = Attention(self.config, name="attention")(
-            RMSNorm(self.config, "norm", name="attention_norm")(x_BTD), cache_keys_values, context
+            RMSNorm(self.config, "norm", name="attention_norm")(x_BTD), cached, context
         )
         x_BTD = x_BTD + attended_BTD
         x_BTD += FeedForward(self.config, name="feed_forward")(
@@ -98,35 +105,45 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache_keys_values, context):
-        """`cache_keys_values`: this layer's ([C, K, H, S], [C, K, S, H]) or None.
+    def __call__(self, x_BTD, cached, context):
+        """`cached`: this layer's ([C, K, H, S], [C, K, S, H]), or its number in the stack of the context, or None.
 
         Returns the output and the new tokens' keys and values, each [B, T, K, H].
         """
         config = self.config
-        hidden, num_heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
-        kv_shape, kv_names = (hidden, config.num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
-        query_DNH = _parameter(self, "query", (hidden, num_heads, head_dim), ("embed", "heads", "head_dim"), hidden)
-        key_DKH = _parameter(self, "key", kv_shape, kv_names, hidden)
-        value_DKH = _parameter(self, "value", kv_shape, kv_names, hidden)
-        output_shape, output_names = (num_heads, head_dim, hidden), ("heads", "head_dim", "embed")
-        output_NHD = _parameter(self, "output", output_shape, output_names, num_heads * head_dim)
-        q_BTNH = _adapted(self, "query", x_BTD, query_DNH)
-        k_BTKH = _adapted(self, "key", x_BTD, key_DKH)
-        v_BTKH = _adapted(self, "value", x_BTD, value_DKH)
-        if config.has_qkv_bias:
-            q_BTNH = _add_bias(self, "query_bias", q_BTNH, "heads")
-            k_BTKH = _add_bias(self, "key_bias", k_BTKH, "kv_heads")
-            v_BTKH = _add_bias(self, "value_bias", v_BTKH, "kv_heads")
+        q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(self, x_BTD)
+        output_shape = (config.num_heads, config.head_dim, config.hidden_size)
+        fan_in = config.num_heads * config.head_dim
+        output_NHD = _parameter(self, "output", output_shape, ("heads", "head_dim", "embed"), fan_in)
         if config.has_qk_norm:
             q_BTNH = RMSNorm(config, "head_dim", name="query_norm")(q_BTNH)
             k_BTKH = RMSNorm(config, "head_dim", name="key_norm")(k_BTKH)
         q_BTNH, k_BTKH = (rotary.rotate(x, context["rotary"]) for x in (q_BTNH, k_BTKH))
-        blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
-        if cache_keys_values is not None:
-            blocks.append(attention.KeyBlock(*cache_keys_values, context["cache"]))
-        attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
+        if "stack" in context:
+            attended_BTNH = decode_attention.attend(q_BTNH, k_BTKH, v_BTKH, context["stack"], cached)
+        else:
+            blocks = [attention.KeyBlock(*attention.for_products(k_BTKH, v_BTKH), context["own"])]
+            if cached is not None:
+                blocks.append(attention.KeyBlock(*cached, context["cache"]))
+            attended_BTNH = attention.attend(q_BTNH, blocks, config.attention)
         return _adapted(self, "output", attended_BTNH, output_NHD, num_contracted=2), (k_BTKH, v_BTKH)
+
+
+def _queries_keys_values(module, x_BTD):
+    """The three projections of the tokens, biases added; by one product where the parameters are joined for it."""
+    config = module.config
+    num_queries, num_keys = config.num_heads, config.num_kv_heads
+    if module.has_variable("params", JOINED):
+        joined_BTNH = project(x_BTD, module.get_variable("params", JOINED))
+        projected = jnp.split(joined_BTNH, (num_queries, num_queries + num_keys), axis=2)
+    else:
+        projected = []
+        for name, num_heads in (("query", num_queries), ("key", num_keys), ("value", num_keys)):
+            shape, names = (config.hidden_size, num_heads, config.head_dim), ("embed", HEADS[name], "head_dim")
+            projected.append(_adapted(module, name, x_BTD, _parameter(module, name, shape, names, config.hidden_size)))
+    if not config.has_qkv_bias:
+        return projected
+    return [_add_bias(module, f"{name}_bias", x, HEADS[name]) for name, x in zip(HEADS, projected, strict=True)]
 
 
 class FeedForward(nn.Module):
@@ -138,10 +155,21 @@ class FeedForward(nn.Module):
         gate_DF = _parameter(self, "gate", (hidden, width), ("embed", "mlp"), hidden)
         up_DF = _parameter(self, "up", (hidden, width), ("embed", "mlp"), hidden)
         down_FD = _parameter(self, "down", (width, hidden), ("mlp", "embed"), width)
-        gate_BTF = checkpoint_name(_adapted(self, "gate", x_BTD, gate_DF), "gate")
-        up_BTF = checkpoint_name(_adapted(self, "up", x_BTD, up_DF), "up")
+        gate_BTF = _named(self, "gate", _adapted(self, "gate", x_BTD, gate_DF))
+        up_BTF = _named(self, "up", _adapted(self, "up", x_BTD, up_DF))
         gated_BTF = jax.nn.silu(gate_BTF) * up_BTF
         return _adapted(self, "down", gated_BTF, down_FD)
+
+
+def _named(module, name, x_BTF):
+    """`x` under the name by which the policy "feed_forward" stores it.
+
+    On a GPU the copy into the stack of all layers would become one with the product, which is then computed twice: once
+    for the stack, once for the layer. The barrier keeps the two apart.
+    """
+    if module.config.remat == "feed_forward":
+        x_BTF = jax.lax.optimization_barrier(x_BTF)
+    return checkpoint_name(x_BTF, name)
 
 
 class RMSNorm(nn.Module):
@@ -215,6 +243,20 @@ def logical_axes(config: ModelConfig):
 def _init_boxed(config, key):
     one_token_BT = jnp.zeros((1, 1), jnp.int32)
     return Transformer(config).init(key, one_token_BT, one_token_BT, one_token_BT)["params"]
+
+
+def join_projections(params):
+    """The parameters with the query, key and value matrices of a layer side by side, [L, D, N + 2 K, H].
+
+    One product for three, of the same columns: for decoding on a GPU, which a few rows by one of them do not fill.
+    Parameters with low-rank factors beside these matrices stay as they are.
+    """
+    attention = dict(params["layers"]["attention"])
+    if any(f"{name}_a" in attention for name in HEADS):
+        return params
+    joined_LDNH = jnp.concatenate([attention.pop(name) for name in HEADS], axis=2)
+    layers = {**params["layers"], "attention": {**attention, JOINED: joined_LDNH}}
+    return {**params, "layers": layers}
 
 
 def head_weights(params, config: ModelConfig):

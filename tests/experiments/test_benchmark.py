@@ -38,3 +38,20 @@ def test_the_8b_step_compiles_for_sixteen_devices_without_being_allocated():
     assert figures["optimizer_argument_bytes_per_device"] == pytest.approx(share * (2 + 4 + 4 + 8), rel=0.02)
     assert figures["gradients_aliased_bytes_per_device"] == pytest.approx(share * 4, rel=0.02)
     assert figures["optimizer_aliased_bytes_per_device"] == pytest.approx(share * 14, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_gpus_that_are_not_there():
+    """With cuDNN's attention, and less than the CPU's compiler needs, which computes in float32."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="pip install 'jax[cuda13]'")
+    sizes = ["--option=model=qwen3-8b", "--option=num_layers=2", "--option=num_tokens=512", "--option=batching=packed"]
+    by_platform = {}
+    for platform in ("cpu", "h200"):
+        result = run_suite("--suite=aot", *sizes, f"--option=platform={platform}")
+        assert result.returncode == 0, result.stderr[-3000:]
+        by_platform[platform] = json.loads(result.stdout)
+    cpu, h200 = by_platform["cpu"], by_platform["h200"]
+    assert h200["gradients_argument_bytes_per_device"] == cpu["gradients_argument_bytes_per_device"]
+    assert h200["gradients_temporary_bytes_per_device"] < cpu["gradients_temporary_bytes_per_device"]
+    # Forward, forward again, backward; on a CPU there is none.
+    assert (h200["gradients_cudnn_attentions"], cpu["gradients_cudnn_attentions"]) == (3, 0)

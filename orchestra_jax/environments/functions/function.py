@@ -155,7 +155,8 @@ def _deadline(name: str, timeout_s: float):
         raise FunctionBroken(f"{name} ran longer than {timeout_s:g} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    # Repeats: what is raised inside a finalizer or a callback of the garbage collector (jax has one) is dropped.
+    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, timeout_s, timeout_s)
     try:
         yield
     finally:

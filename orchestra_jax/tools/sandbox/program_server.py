@@ -59,9 +59,14 @@ def _serve() -> None:
             return
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            connection = socket.socket(fileno=descriptors[0])
-            result = _supervise(**json.loads(_read_all(connection)))
-            connection.sendall(json.dumps(result).encode())
+            # The program inherits no object that owns a descriptor: from Python 3.13 on one that finds its descriptor
+            # closed says so at the end, on stderr's last line.
+            control.detach()
+            with open(descriptors[0], "rb", closefd=False) as file:
+                request = json.load(file)
+            result = _supervise(**request)
+            with open(descriptors[0], "w") as file:
+                json.dump(result, file)
             os._exit(0)
         os.close(descriptors[0])
 
@@ -240,13 +245,6 @@ def _is_readable(path: object, readable: tuple[str, ...]) -> bool:
         return True
     real = os.path.realpath(os.fsdecode(path if path is not None else "."))
     return any(real == place or real.startswith(place + os.sep) for place in readable)
-
-
-def _read_all(connection: socket.socket) -> bytes:
-    chunks = []
-    while chunk := connection.recv(65_536):
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 if __name__ == "__main__":

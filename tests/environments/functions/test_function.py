@@ -1,5 +1,7 @@
 """A function becomes a tool by its signature; what goes wrong in it is named, and undone."""
 
+import time
+
 import pytest
 
 from orchestra_jax.environments.functions.function import (
@@ -118,6 +120,28 @@ def test_a_function_at_fault_is_named_and_undone(function, told):
     with pytest.raises(FunctionBroken, match=told):
         call(domain, database, function.__name__, timeout_s=0.1)
     assert not database.changes and not database.touched
+
+
+class Swallows:
+    """Its finalizer lasts until the alarm, whose exception the interpreter then drops."""
+
+    def __del__(self):
+        time.sleep(1.0)
+
+
+def swallows(database):
+    """Go on for long after the first alarm, which came inside a finalizer."""
+    Swallows()
+    end_s = time.monotonic() + 10
+    while time.monotonic() < end_s:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_alarm_that_is_dropped_strikes_again():
+    domain = make_domain(swallows)
+    with pytest.raises(FunctionBroken, match="swallows ran longer than 0.1 s"):
+        call(domain, domain.open_database(), "swallows", timeout_s=0.1)
 
 
 def test_a_read_function_does_not_write():
