@@ -4,7 +4,9 @@ A bfloat16 has 8 significant bits: an update below 1/512 of a parameter rounds t
 reinforcement learning (1e-6) nearly all of them do. So a bfloat16 parameter needs either a float32 master copy, which
 takes the updates and is rounded into the parameter, or stochastic rounding, which takes them in expectation. The
 arithmetic of a step is float32 in every recipe. Bytes a parameter, gradients included: float32 16, float32_lean 12,
-bfloat16_master 18, bfloat16_lean 12, bfloat16_stochastic 10, bfloat16_stochastic_lean 8.
+bfloat16_master 18, bfloat16_lean 12, bfloat16_stochastic 10, bfloat16_stochastic_lean 8. The lean ones lose where many
+micro-batches are summed, in bfloat16; moments in bfloat16 are rounded to the nearest (optimizers.check_optimizer bounds
+how slow they may be).
 """
 
 from __future__ import annotations

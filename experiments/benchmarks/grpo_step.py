@@ -35,9 +35,13 @@ def run(
     peak_tflops: float = 989.0,
     trace: str = "",  # a directory for a profile of one more step, that TensorBoard and Perfetto read
 ) -> dict[str, object]:
-    """The figures of `num_steps` steps behind two that compile and warm up; seconds are medians on the wall."""
+    """The figures of `num_steps` steps behind two that compile and warm up; seconds are medians on the wall.
+
+    ValueError for segments that do not fill a row.
+    """
+    if num_tokens % num_segments:
+        raise ValueError(f"num_tokens {num_tokens} in {num_segments} segments: choose a divisor")
     import jax
-    import jax.numpy as jnp
 
     from orchestra_jax.models.config import MODELS
 
@@ -76,7 +80,7 @@ def run(
         "mfu_step_reference_not_counted": update / step_s / 1e12 / peak_tflops,
         "tokens_per_s": num_micro_batches * num_rows * num_tokens / step_s,
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
-        "loss": float(jnp.float32(learner.metrics["loss"])),
+        "loss": learner.metrics["loss"],
     }  # fmt: skip
 
 
@@ -112,6 +116,7 @@ class Learner:
             self.state = self.state._replace(optimizer_state=moments)
 
     def step(self, batches):
+        """One train step over the micro-batches -> the new state."""
         from orchestra_jax.grpo.train_step import train_step
 
         self.state, self.metrics = train_step(
@@ -147,6 +152,7 @@ class Learner:
 
 
 def packed_batch(config, num_rows: int, num_tokens: int, num_segments: int, seed: int):
+    """A PackedBatch of random tokens: full rows of equal segments, the later half of each scored."""
     import numpy as np
 
     from orchestra_jax.grpo.packing import PackedBatch
@@ -154,7 +160,7 @@ def packed_batch(config, num_rows: int, num_tokens: int, num_segments: int, seed
     rng = np.random.default_rng(seed)
     length = num_tokens // num_segments
     place_T = np.arange(num_tokens)
-    is_scored_T = (place_T % length >= length // 2) & (place_T < length * num_segments)
+    is_scored_T = place_T % length >= length // 2
     return PackedBatch(
         tokens_RT=rng.integers(0, config.vocab_size, (num_rows, num_tokens), np.int32),
         loss_mask_RT=np.broadcast_to(is_scored_T, (num_rows, num_tokens)).copy(),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from orchestra_jax import sharding
+from orchestra_jax.generation.head import head_logits
 from orchestra_jax.generation.sampling import SamplingRows, sample
 from orchestra_jax.models import compilation
 from orchestra_jax.models.config import ModelConfig
@@ -119,8 +120,9 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
     num_rows = len(turns.last_tokens_R)
     cache = cache._replace(lengths_B=turns.lengths_R)
     head_DV = head_weights(params, config)
-    if jax.default_backend() == "gpu" and jax.sharding.get_abstract_mesh().empty:
-        params = join_projections(params)  # a copy of these matrices a dispatch
+    is_on_one_gpu = jax.default_backend() == "gpu" and jax.sharding.get_abstract_mesh().empty
+    if is_on_one_gpu and is_allowed_RV is None:  # constrained turns take one step a dispatch: not worth its copy
+        params = join_projections(params)
 
     def is_running(sampled: Sampled):
         return ~sampled.is_stopped_R & (sampled.num_tokens_R < turns.num_left_R)
@@ -134,7 +136,7 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
         cache, token_R, num_ended, _, sampled = carry
         is_running_R = is_running(sampled)
         hidden_R1D, cache = _forward(params, cache, token_R[:, None], is_running_R[:, None], config)
-        logits_RV = jnp.matmul(hidden_R1D[:, 0], head_DV.astype(hidden_R1D.dtype), preferred_element_type=jnp.float32)
+        logits_RV = head_logits(hidden_R1D[:, 0], head_DV)
         token_R, logprob_R = sample(logits_RV, turns.sampling, cache.lengths_B, is_allowed_RV)
         is_stop_R = (token_R[:, None] == turns.stop_ids_RE).any(axis=1)
         is_watched_R = (token_R[:, None] == turns.watch_ids_RE).any(axis=1)

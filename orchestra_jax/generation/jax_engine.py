@@ -178,14 +178,28 @@ class JaxEngine:
                 turn.is_queued = True
 
             def tell(function: Callable, turns: list[Turn]) -> None:
-                loop.call_soon_threadsafe(lambda: [function(turn) for turn in turns])
+                for turn in turns:  # one by one: what one raises does not keep the others from hearing
+                    loop.call_soon_threadsafe(function, turn)
 
             await asyncio.to_thread(self._run_round, arrived, tell)
+
+    def _hear(self, turn: Turn) -> None:
+        """Tells of a watched id, unless nobody awaits the turn any more; what that raises is the request's own end."""
+        if turn.future.done() or turn.on_watched is None:
+            return
+        try:
+            turn.on_watched(turn.stream[turn.num_prompt : turn.length].copy())
+        except Exception as error:
+            turn.future.set_exception(error)
 
     def _finish(self, turn: Turn) -> None:
         if self._turns.get(turn.session_id) is turn:
             del self._turns[turn.session_id]
-        if not turn.future.done():
+        if turn.future.done():
+            return
+        if turn.error is not None:
+            turn.future.set_exception(turn.error)
+        else:
             turn.future.set_result(turn.completion())
 
     def _after_work(self, worker: asyncio.Task) -> None:
@@ -223,6 +237,7 @@ class JaxEngine:
                     self._sweep(tell)
                     self._match()
                     self._fill()
+                    self._sweep(tell)  # of those that are filled now, none that nobody wants may join
                     self._join()
                     for lane in self._lanes:
                         if lane.turns:
@@ -332,7 +347,7 @@ class JaxEngine:
             self._params, self._config.steps_per_dispatch, num_waiting, self._version, self.counters
         )
         if watched:
-            tell(lambda turn: turn.on_watched(turn.stream[turn.num_prompt : turn.length].copy()), watched)
+            tell(self._hear, watched)
         ended, pairs = [], []
         for row in [row for row, turn in lane.turns.items() if turn.is_over]:
             turn = lane.leave(row)

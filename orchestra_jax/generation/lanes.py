@@ -46,6 +46,7 @@ class Turn:
         self.is_queued = False
         self.is_aborted = False
         self.is_stopped = False
+        self.error: Exception | None = None  # what its constraint raised
         self.match: Match | None = None
 
     @property
@@ -64,7 +65,7 @@ class Turn:
 
     @property
     def is_over(self) -> bool:
-        return self.is_stopped or self.length == len(self.stream)
+        return self.is_stopped or self.length == len(self.stream) or self.error is not None
 
     @property
     def is_unwanted(self) -> bool:
@@ -218,7 +219,14 @@ class Lane:
     def _allowed(self, constrained: dict[int, Turn]) -> np.ndarray:
         is_allowed_RV = np.ones((self.num_rows, self._model_config.vocab_size), bool)
         for row, turn in constrained.items():
-            is_allowed_V = turn.sampling.constraint.allowed_tokens(turn.stream[turn.num_prompt : turn.length].tolist())
+            sampled = turn.stream[turn.num_prompt : turn.length].tolist()
+            try:
+                is_allowed_V = turn.sampling.constraint.allowed_tokens(sampled)
+                _check_allowed(is_allowed_V, self._model_config.vocab_size, turn)
+            except Exception as error:  # of one request: it ends alone
+                turn.error = error
+                self._state.num_left_R[row] = 0
+                continue
             if is_allowed_V is not None:
                 is_allowed_RV[row] = is_allowed_V
         return is_allowed_RV
@@ -227,6 +235,18 @@ class Lane:
         self._state.lengths_R[row] = turn.length - 1
         self._state.last_tokens_R[row] = turn.stream[turn.length - 1]
         self._state.num_left_R[row] = len(turn.stream) - turn.length
+
+
+def _check_allowed(is_allowed_V: np.ndarray | None, vocab_size: int, turn: Turn) -> None:
+    if is_allowed_V is None:
+        return
+    if is_allowed_V.shape != (vocab_size,):
+        raise ValueError(
+            f"request {turn.request_id}: its constraint's mask has shape {is_allowed_V.shape}, the model has "
+            f"{vocab_size} tokens: make it for the model's vocab_size"
+        )
+    if not is_allowed_V.any():
+        raise ValueError(f"request {turn.request_id}: its constraint allows nothing behind {turn.num_sampled} tokens")
 
 
 def _key_data(seed: int, session_id: str) -> np.ndarray:

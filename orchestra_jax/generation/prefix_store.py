@@ -32,7 +32,7 @@ class PrefixStore:
         self._num_pins_B = np.zeros(num_rows, np.int32)
         self._session_of_row: dict[int, str] = {}
         self._row_of_session: dict[str, int] = {}
-        self._row_of_prefix: dict[bytes, int] = {}  # a guess, looked at before it is believed
+        self._row_of_prefix: dict[int, int] = {}  # by hash: a guess, looked at before it is believed
         self._clock = 0
 
     def forget(self) -> None:
@@ -68,7 +68,7 @@ class PrefixStore:
         if num_matched < len(prefix):
             self._tokens_BT[row, : len(prefix)] = prefix
             self.num_tokens_B[row] = len(prefix)
-            self._row_of_prefix[prefix.tobytes()] = row
+            self._row_of_prefix[hash(prefix.tobytes())] = row
         for used in (source, row):
             self._num_pins_B[used] += 1
             self._touch(used)
@@ -81,6 +81,7 @@ class PrefixStore:
             row = self._allocate(session_id)
         if row is not None:
             self._tokens_BT[row, : len(prefix)] = prefix
+            self._tokens_BT[row, len(prefix) :] = -1  # of a longer one that was there
             self.num_tokens_B[row] = self.num_filled_B[row] = len(prefix)
             self._touch(row)
         return row
@@ -103,7 +104,7 @@ class PrefixStore:
     def _longest(self, prefix: np.ndarray) -> tuple[int | None, int]:
         """(row, shared tokens) of the best row; no row if another request is about to fill in much more."""
         num_compared = len(prefix)
-        hint = self._row_of_prefix.get(prefix.tobytes())
+        hint = self._row_of_prefix.get(hash(prefix.tobytes()))
         if hint is not None and np.array_equal(self._tokens_BT[hint, :num_compared], prefix):
             return hint, num_compared
         is_other_BT = self._tokens_BT[:, :num_compared] != prefix[None, :]
@@ -127,7 +128,7 @@ class PrefixStore:
         self._row_of_session.pop(self._session_of_row.pop(row, ""), None)
         self._session_of_row.pop(self._row_of_session.get(session_id, -1), None)
         self._session_of_row[row], self._row_of_session[session_id] = session_id, row
-        self._row_of_prefix.pop(self._tokens_BT[row, : self.num_tokens_B[row]].tobytes(), None)
+        self._row_of_prefix.pop(hash(self._tokens_BT[row, : self.num_tokens_B[row]].tobytes()), None)
         self.num_tokens_B[row] = self.num_filled_B[row] = 0
         self._tokens_BT[row] = -1
         return row

@@ -29,8 +29,8 @@ CHUNKED_FROM = 2048 * 2048  # scores of a head from which on "auto" no longer ho
 class Visibility(NamedTuple):
     """A token sees the keys of its own segment at its own or an earlier position. Key row c serves B / C token rows.
 
-    `segment_lengths_BM`: what rows of whole segments side by side, padding behind them, are made of, at most M; 0 for
-    none. A fused kernel that knows them holds no mask.
+    `segment_lengths_BM`: the lengths of a row's segments, where they lie side by side from its first slot on with the
+    padding behind; 0 for none. A fused kernel that knows them holds no mask.
     """
 
     query_segments_BT: jax.Array

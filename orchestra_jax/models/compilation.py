@@ -1,13 +1,42 @@
-"""What XLA is told about the programs that run a whole model on NVIDIA GPUs. Other platforms take no notice.
+"""What XLA is told about the programs that run a whole model, by platform.
 
-The layers' weights are stacked and scanned over. cuBLAS's products read a layer's slice of the stack where it lies;
-Triton's are given a copy of it, which took more than half of a decode step (docs/benchmarks.md).
+On NVIDIA GPUs: the layers' weights are stacked and scanned over. cuBLAS's products read a layer's slice of the stack
+where it lies; Triton's are given a copy of it, which took more than half of a decode step (docs/benchmarks.md).
 """
 
+from __future__ import annotations
+
 import functools
+import threading
 
 import jax
 
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
-jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+def jit(function, **settings):
+    """`jax.jit` with the options of the platform, which is asked for at the first use and not at import.
+
+    On a platform that has some, jax takes such a function at the top level alone, not inside of another jit.
+    """
+    return _Jitted(function, settings)
+
+
+class _Jitted:
+    def __init__(self, function, settings):
+        self._function, self._settings = function, settings
+        self._jitted, self._lock = None, threading.Lock()  # threads that come first together compile once
+        functools.update_wrapper(self, function)
+
+    def _on_platform(self):
+        with self._lock:
+            if self._jitted is None:
+                options = COMPILER_OPTIONS.get(jax.default_backend())
+                self._jitted = jax.jit(self._function, compiler_options=options, **self._settings)
+            return self._jitted
+
+    def __call__(self, *args, **kwargs):
+        return self._on_platform()(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._on_platform(), name)

@@ -23,12 +23,13 @@ MASKED = -1e30  # finite: a part of no slots weighs 0
 TILE = 64  # slots that are read at a time
 NUM_PROGRAMS = 1024  # there should be, or more: eight to each of an H200's multiprocessors
 MIN_ROWS = 16  # of a tile of queries: what a tensor core takes
+MAX_HEAD_DIM = 128  # beyond, the tiles that are under way would fill a multiprocessor's memory
 
 
 class CacheStack(NamedTuple):
     keys_LCKHS: jax.Array
     values_LCKSH: jax.Array
-    lengths_C: jax.Array  # int32: filled slots
+    lengths_C: jax.Array  # int32: filled slots, at most S
 
 
 def can_attend(config, cache, num_tokens: int) -> bool:
@@ -41,7 +42,7 @@ def can_attend(config, cache, num_tokens: int) -> bool:
         and len(cache.lengths_B) == num_rows
         and cache.keys_LCKHS.dtype.itemsize == 2
         and num_slots % TILE == 0
-        and head_dim >= MIN_ROWS
+        and MIN_ROWS <= head_dim <= MAX_HEAD_DIM
         and head_dim & (head_dim - 1) == 0
         and jax.sharding.get_abstract_mesh().empty  # the compiler cannot split a kernel
     )

@@ -23,19 +23,28 @@ def attend_cudnn(q_BTNH, blocks):
     if q_BTNH.dtype.itemsize != 2:
         raise ValueError(f'attention "cudnn" in {q_BTNH.dtype}: it takes bfloat16 or float16; choose "auto"')
     keys_BSKH, values_BSKH, visibility = _own_keys("cudnn", q_BTNH, blocks)
-    if visibility.segment_lengths_BM is not None:
-        try:
-            return _attend_segments(q_BTNH, keys_BSKH, values_BSKH, visibility.segment_lengths_BM)
-        except NotImplementedError:  # on what is older than Hopper
-            pass
+    if visibility.segment_lengths_BM is not None and _takes_segments():
+        return _attend_segments(q_BTNH, keys_BSKH, values_BSKH, visibility.segment_lengths_BM)
     mask_B1TS = visibility.mask_BTS()[:, None]
     return jax.nn.dot_product_attention(q_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, implementation="cudnn")
+
+
+def _takes_segments():
+    """Hopper or later; and jax 0.11, for 0.10 counts the keys' offsets in the heads of the queries."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return jax.__version_info__ >= (0, 11) and cudnn.check_compute_capability("9.0")
 
 
 def _attend_segments(q_BTNH, keys_BSKH, values_BSKH, segment_lengths_BM):
     # jax.nn does not pass the segments of a row on, so the function behind it is called.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    if q_BTNH.size >= 2**31:
+        raise ValueError(
+            f'attention "cudnn" over {q_BTNH.size:,} numbers of queries: the kernel counts them in 32 bits, take fewer '
+            "rows at a time"
+        )
     lengths_BM, starts_BM = cudnn_segments(segment_lengths_BM, q_BTNH.shape[1])
     return cudnn.dot_product_attention(
         q_BTNH, keys_BSKH, values_BSKH, q_seqlen=lengths_BM, kv_seqlen=lengths_BM, q_offsets=starts_BM,

@@ -65,7 +65,8 @@ class Transformer(nn.Module):
                 )
             if decode_attention.can_attend(config, cache, tokens_BT.shape[1]):
                 cached = jnp.arange(config.num_layers)
-                context["stack"] = decode_attention.CacheStack(*cache)
+                lengths_B = jnp.where(segment_ids_BT[:, 0] > 0, jnp.minimum(cache.lengths_B, cache.num_slots), 0)
+                context["stack"] = decode_attention.CacheStack(cache.keys_LCKHS, cache.values_LCKSH, lengths_B)
             else:
                 cached = (cache.keys_LCKHS, cache.values_LCKSH)
                 context["cache"] = attention.cache_visibility(
@@ -248,8 +249,11 @@ def join_projections(params):
     """The parameters with the query, key and value matrices of a layer side by side, [L, D, N + 2 K, H].
 
     One product for three, of the same columns: for decoding on a GPU, which a few rows by one of them do not fill.
+    Parameters with low-rank factors beside these matrices stay as they are.
     """
     attention = dict(params["layers"]["attention"])
+    if any(f"{name}_a" in attention for name in HEADS):
+        return params
     joined_LDNH = jnp.concatenate([attention.pop(name) for name in HEADS], axis=2)
     layers = {**params["layers"], "attention": {**attention, JOINED: joined_LDNH}}
     return {**params, "layers": layers}

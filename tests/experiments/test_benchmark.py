@@ -42,7 +42,7 @@ def test_the_8b_step_compiles_for_sixteen_devices_without_being_allocated():
 
 @pytest.mark.slow
 def test_a_step_compiles_for_gpus_that_are_not_there():
-    """cuDNN's attention on each device's heads and rows, and no more than the CPU's compiler needs."""
+    """With cuDNN's attention, and less than the CPU's compiler needs, which computes in float32."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="pip install 'jax[cuda13]'")
     sizes = ["--option=model=qwen3-8b", "--option=num_layers=2", "--option=num_tokens=512", "--option=batching=packed"]
     by_platform = {}
@@ -53,3 +53,5 @@ def test_a_step_compiles_for_gpus_that_are_not_there():
     cpu, h200 = by_platform["cpu"], by_platform["h200"]
     assert h200["gradients_argument_bytes_per_device"] == cpu["gradients_argument_bytes_per_device"]
     assert h200["gradients_temporary_bytes_per_device"] < cpu["gradients_temporary_bytes_per_device"]
+    # Forward, forward again, backward; on a CPU there is none.
+    assert (h200["gradients_cudnn_attentions"], cpu["gradients_cudnn_attentions"]) == (3, 0)

@@ -362,6 +362,97 @@ def test_deadline_and_abort_end_a_request_and_leave_the_others(engine):
     assert [len(completion.tokens) for completion in completions] == [6, 0, 0, 6]
 
 
+def test_a_turn_that_ends_while_its_prompt_is_prefilled_is_not_sampled(engine, monkeypatch):
+    lengths, heard = [], []
+
+    def counted(params, store, source_rows_R, rows_R, lengths_R, *args, **sizes):
+        lengths.append(int(lengths_R[0]))
+        if lengths[-1] == 12:
+            asyncio.run(engine.abort("a"))
+        return decoding.extend(params, store, source_rows_R, rows_R, lengths_R, *args, **sizes)
+
+    async def ask():
+        how = sampling(stop_ids=(), watch_ids=frozenset({1, 2}))
+        prompt = list(range(33))
+        return await engine.generate(prompt, how, request_id="a", session_id="a", on_watched=heard.append)
+
+    monkeypatch.setattr(jax_engine, "extend", counted)
+    completion = asyncio.run(ask())
+    assert completion.stop_reason == StopReason.ABORTED and len(completion.tokens) == 0
+    generate(engine, {"b": SHORT})
+    assert lengths[:3] == [0, 12, 24] and engine.counters.num_sampled_tokens == 6 and not heard
+
+
+def test_a_request_that_was_cancelled_hears_of_nothing(engine, params, monkeypatch):
+    greedy, heard = plain_greedy(params, LONG, 8), []
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+
+        def cancel_first(*args, **sizes):
+            loop.call_soon_threadsafe(task.cancel)
+            return decoding.decode(*args, **sizes)
+
+        monkeypatch.setattr(lanes, "decode", cancel_first)
+        how = sampling(temperature=0.0, max_new_tokens=8, watch_ids=frozenset(greedy[1:2]))
+        request = engine.generate(LONG, how, request_id="a", session_id="a", on_watched=heard.append)
+        task = asyncio.ensure_future(request)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await engine.generate(SHORT, sampling(temperature=0.0), request_id="b", session_id="b")
+
+    assert asyncio.run(ask()).tokens.tolist() == plain_greedy(params, SHORT, 6) and not heard
+
+
+def test_a_listener_that_raises_ends_its_own_request_alone(engine, params):
+    greedy, heard = plain_greedy(params, LONG, 8), []
+
+    def raise_error(tokens):
+        raise LookupError("a listener's own bug")
+
+    async def ask():
+        how = sampling(temperature=0.0, max_new_tokens=8, watch_ids=frozenset(greedy[1:2]))
+        requests = (
+            engine.generate(LONG, how, request_id=name, session_id=name, on_watched=listener)
+            for name, listener in (("a", raise_error), ("b", heard.append))
+        )
+        return await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), timeout=60)
+
+    error, completion = asyncio.run(ask())
+    assert isinstance(error, LookupError) and completion.tokens.tolist() == greedy
+    assert heard[0].tolist() == greedy[: greedy.index(greedy[1]) + 1]
+
+
+class Constraint:
+    def __init__(self, allowed):
+        self.allowed = allowed
+
+    def allowed_tokens(self, sampled):
+        return self.allowed(sampled)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        (lambda sampled: [][0], "index out of range"),
+        (lambda sampled: np.ones(TINY.vocab_size + 1, bool), "request a@.*38.* the model has 37"),
+        (lambda sampled: np.full(TINY.vocab_size, len(sampled) < 2), "request a@.* nothing behind 2 tokens"),
+    ],
+)
+def test_a_constraint_that_fails_ends_its_own_request_alone(engine, params, allowed, message):
+    async def ask():
+        requests = (
+            engine.generate(LONG, how, request_id=f"{name}@", session_id=name)
+            for name, how in (("a", sampling(constraint=Constraint(allowed))), ("b", sampling(temperature=0.0)))
+        )
+        return await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), timeout=60)
+
+    error, completion = asyncio.run(ask())
+    with pytest.raises((IndexError, ValueError), match=message):
+        raise error
+    assert completion.tokens.tolist() == plain_greedy(params, LONG, 6)
+
+
 @pytest.mark.parametrize("is_cache_lost", [False, True])
 def test_a_failing_batch_raises_in_every_generate_that_waits(engine, params, monkeypatch, is_cache_lost):
     stream = [*SHORT, *generate(engine, {"a": SHORT})["a"].tokens.tolist(), 11]

@@ -75,3 +75,10 @@ def test_nothing_is_believed_after_forgetting(store):
     fill(store, "a", "12345")
     store.forget()
     assert not store.has("a") and fill(store, "a", "12345").num_matched == 0
+
+
+def test_a_shorter_prefix_leaves_nothing_of_the_longer_one_to_be_found(store):
+    row = fill(store, "a", "123456").row
+    assert store.keep("a", tokens("12")) == row
+    match = store.match("b", tokens("123456"))
+    assert (match.source_row, match.num_matched) == (row, 2) and match.row != row

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orchestra_jax.models import attention, rotary, transformer
+from orchestra_jax.models import attention, lora, rotary, transformer
 from orchestra_jax.models.config import MODELS, ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -107,11 +107,19 @@ def test_scan_equals_layer_by_layer(params):
     np.testing.assert_allclose(apply(TINY, params, tokens_BT), hidden_BTD, atol=1e-5)
 
 
-def test_joined_projections_compute_the_same(params):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_joined_projections_compute_the_same(has_bias):
+    config = dataclasses.replace(TINY, has_qkv_bias=has_bias)
+    params = jax.tree.map(lambda x: x + 0.1, transformer.init_params(config, jax.random.key(0)))  # fresh biases are 0
     tokens_BT = random_tokens(2, 7)
     joined = transformer.join_projections(params)
     assert set(params["layers"]["attention"]) - set(joined["layers"]["attention"]) == {"query", "key", "value"}
-    np.testing.assert_allclose(apply(TINY, joined, tokens_BT), apply(TINY, params, tokens_BT), atol=1e-5)
+    np.testing.assert_allclose(apply(config, joined, tokens_BT), apply(config, params, tokens_BT), atol=1e-4)
+
+
+def test_projections_with_factors_are_not_joined(params):
+    attached = lora.attach(lora.init_lora(lora.LoraConfig(rank=2), params, jax.random.key(1)), params)
+    assert transformer.join_projections(attached) is attached
 
 
 def test_rope_theta_changes_the_output_and_only_relative_positions_count(params):
