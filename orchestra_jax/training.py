@@ -27,7 +27,7 @@ from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.pipeline import InstanceStream, make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.environments.groups import run_groups
-from orchestra_jax.evaluation.evaluate import evaluate_run
+from orchestra_jax.evaluation.evaluate import current_commit, evaluate_run
 from orchestra_jax.evaluation.functions import evaluate_functions
 from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
@@ -87,6 +87,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
     KeyboardInterrupt. A finished run is not run again: its summary is returned.
     """
     start_s = time.monotonic()
+    current_commit()  # the summary names the one that the run began with
     parts = build_components(config)  # first: a config with a mistake in it claims no directory
     directory = open_run_directory(workdir, config_as_dict(config))
     if directory.summary_path.exists():

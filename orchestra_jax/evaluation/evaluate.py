@@ -179,8 +179,12 @@ def price_response(
     }
 
 
+@functools.cache
 def current_commit() -> str:
-    """The commit of the checkout that this file is in, wherever it is run from, or "unknown" outside one."""
+    """The commit of the checkout that this file is in, wherever it is run from, or "unknown" outside one.
+
+    As it is at the first call, which a run makes at its start: the checkout may move on while it lasts.
+    """
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)

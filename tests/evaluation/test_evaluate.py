@@ -187,8 +187,13 @@ def test_statistics_by_preference_and_their_comparison():
 
 
 def test_the_commit_is_that_of_the_code_wherever_it_runs(tmp_path, monkeypatch):
+    current_commit.cache_clear()
     here = current_commit()
     monkeypatch.chdir(tmp_path)
+    current_commit.cache_clear()
     assert current_commit() == here
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert current_commit() == "unknown"  # no git
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert current_commit() == here  # what a run began with
+    current_commit.cache_clear()
+    assert current_commit() == "unknown"
+    current_commit.cache_clear()
