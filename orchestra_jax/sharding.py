@@ -86,6 +86,11 @@ def _as_jit_writes_it(spec: PartitionSpec, mesh) -> PartitionSpec:
     return PartitionSpec(*(dim or None for dim in dims))
 
 
+def has_mesh() -> bool:
+    """Whether this is within `mesh_context`."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
 def num_splits(logical_name) -> int:
     """In how many parts the mesh of `mesh_context` cuts a dim of that name; 1 outside of one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -13,9 +13,10 @@ on the card, short of what is chosen by timing kernels.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from unittest import mock
+
+from experiments.benchmarks.published import published_config
 
 # What XLA is told about a card that is not there. Figures of NVIDIA's data sheet and CUDA's tables for capability 9.0.
 H200 = """
@@ -58,11 +59,7 @@ def run(
     num_devices = fsdp * tensor
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"  # before jax starts
-    from orchestra_jax.models.config import MODELS
-
-    config = dataclasses.replace(MODELS[model], parameter_dtype="bfloat16", remat=remat)
-    if num_layers:
-        config = dataclasses.replace(config, num_layers=num_layers)
+    config = published_config(model, num_layers, remat=remat)
     batch = packed_shapes(fsdp, 2 * num_tokens) if batching == "packed" else batch_shapes(fsdp, num_tokens, group_size)
     with absent_h200s(num_devices) if platform == "h200" else contextlib.nullcontext() as devices:
         programs = compile_step(config, {"data": 1, "fsdp": fsdp, "tensor": tensor}, precision, batch, devices)

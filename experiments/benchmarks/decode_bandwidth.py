@@ -8,9 +8,10 @@ the tokens seen, each read once a step.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
+
+from experiments.benchmarks.published import device_figures, published_config
 
 
 def run(
@@ -27,28 +28,16 @@ def run(
     """Milliseconds of a step, the median of `num_dispatches`, behind one that compiles; the bound, and its share."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from orchestra_jax.generation.decoding import Limits, Turns, decode
-    from orchestra_jax.generation.sampling import SamplingRows
-    from orchestra_jax.models.config import MODELS
+    from orchestra_jax.generation.decoding import Limits, decode
     from orchestra_jax.models.kv_cache import empty_cache
     from orchestra_jax.models.transformer import init_params
 
-    config = dataclasses.replace(
-        MODELS[model], parameter_dtype="bfloat16", attention=attention,
-        **({"num_layers": num_layers} if num_layers else {}),
-    )  # fmt: skip
+    config = published_config(model, num_layers, attention=attention)
     params = init_params(config, jax.random.key(0))
     num_slots = -(-(num_seen + num_steps) // 64) * 64
     lane = empty_cache(config, num_rows, num_slots)
-    ones = np.ones(num_rows, np.float32)
-    sampling = SamplingRows(
-        ones, np.zeros(num_rows, np.int32), ones, 0 * ones, np.arange(2 * num_rows, dtype=np.uint32).reshape(-1, 2)
-    )
-    nothing = np.full((num_rows, 2), -1, np.int32)
-    counts = np.full(num_rows, num_seen, np.int32), np.ones(num_rows, np.int32), np.full(num_rows, num_steps, np.int32)
-    turns = Turns(*counts, nothing, nothing, sampling)
+    turns = endless_turns(num_rows, num_seen, num_steps)
     limits = Limits(jnp.int32(num_steps), jnp.int32(num_rows + 1))
 
     def dispatch(lane):
@@ -69,11 +58,26 @@ def run(
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * lane.keys_LCKHS.dtype.itemsize
     read_bytes = weight_bytes + num_rows * (num_seen + (num_steps - 1) / 2) * token_bytes
     bound_s = read_bytes / bandwidth_gb_s / 1e9
-    device = jax.devices()[0]
     return {
-        "device": device.device_kind, "jax": jax.__version__, "model": model, "num_layers": config.num_layers,
+        **device_figures(), "model": model, "num_layers": config.num_layers,
         "num_rows": num_rows, "num_seen": num_seen, "num_slots": num_slots, "first_dispatch_s": times_s[0],
         "step_ms": 1e3 * step_s, "tokens_per_s": num_rows / step_s, "read_gb": read_bytes / 1e9,
         "bound_ms": 1e3 * bound_s, "share_of_bandwidth": bound_s / step_s,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
     }  # fmt: skip
+
+
+def endless_turns(num_rows: int, num_seen: int, num_steps: int):
+    """Turns at temperature 1 that no id ends, each row with a key of its own."""
+    import numpy as np
+
+    from orchestra_jax.generation.decoding import Turns
+    from orchestra_jax.generation.sampling import SamplingRows
+
+    def whole(number):
+        return np.full(num_rows, number, np.int32)
+
+    ones_R = np.ones(num_rows, np.float32)
+    key_data_R2 = np.arange(2 * num_rows, dtype=np.uint32).reshape(-1, 2)
+    no_ids_RE = np.full((num_rows, 2), -1, np.int32)
+    sampling = SamplingRows(ones_R, whole(0), ones_R, 0 * ones_R, key_data_R2)
+    return Turns(whole(num_seen), whole(1), whole(num_steps), no_ids_RE, no_ids_RE, sampling)

@@ -13,9 +13,10 @@ and the optimizer's step. What is counted as work, whatever is computed twice:
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
+
+from experiments.benchmarks.published import device_figures, published_config
 
 
 def run(
@@ -43,12 +44,7 @@ def run(
         raise ValueError(f"num_tokens {num_tokens} in {num_segments} segments: choose a divisor")
     import jax
 
-    from orchestra_jax.models.config import MODELS
-
-    config = dataclasses.replace(
-        MODELS[model], parameter_dtype="bfloat16", remat=remat, attention=attention,
-        **({"num_layers": num_layers} if num_layers else {}),
-    )  # fmt: skip
+    config = published_config(model, num_layers, remat=remat, attention=attention)
     learner = Learner(config, precision, chunk, lora_rank, is_state_on_host)
     batches = [packed_batch(config, num_rows, num_tokens, num_segments, seed) for seed in range(num_micro_batches)]
 
@@ -67,9 +63,8 @@ def run(
         learner.gradients = None  # of the parts: a step has its own
         with jax.profiler.trace(trace, create_perfetto_trace=True):
             jax.block_until_ready(learner.step(batches))
-    device = jax.devices()[0]
     return {
-        "device": device.device_kind, "jax": jax.__version__, "model": model, "num_layers": config.num_layers,
+        **device_figures(), "model": model, "num_layers": config.num_layers,
         "num_tokens": num_tokens, "num_rows": num_rows, "num_micro_batches": num_micro_batches,
         "num_segments": num_segments, "precision": precision, "remat": remat, "attention": attention, "chunk": chunk,
         "lora_rank": lora_rank, "is_state_on_host": is_state_on_host,
@@ -79,7 +74,6 @@ def run(
         "mfu_step": (update + reference) / step_s / 1e12 / peak_tflops,
         "mfu_step_reference_not_counted": update / step_s / 1e12 / peak_tflops,
         "tokens_per_s": num_micro_batches * num_rows * num_tokens / step_s,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
         "loss": learner.metrics["loss"],
     }  # fmt: skip
 

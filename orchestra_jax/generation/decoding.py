@@ -120,7 +120,7 @@ def _decode(params, cache: KVCache, turns: Turns, limits: Limits, is_allowed_RV,
     num_rows = len(turns.last_tokens_R)
     cache = cache._replace(lengths_B=turns.lengths_R)
     head_DV = head_weights(params, config)
-    is_on_one_gpu = jax.default_backend() == "gpu" and jax.sharding.get_abstract_mesh().empty
+    is_on_one_gpu = jax.default_backend() == "gpu" and not sharding.has_mesh()
     if is_on_one_gpu and is_allowed_RV is None:  # constrained turns take one step a dispatch: not worth its copy
         params = join_projections(params)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from orchestra_jax import sharding
+
 LANES = 8  # rows side by side in a vector register
 # Dims of one pass: their hidden numbers stay in registers. Only with sixteen does XLA CPU make vectors of the sum.
 NUM_DIMS = 16
@@ -32,7 +34,7 @@ def _is_read_in_place(hidden_RD, head_DV) -> bool:
     num_rows, num_dims = hidden_RD.shape
     return (
         jax.default_backend() == "cpu"
-        and jax.sharding.get_abstract_mesh().empty
+        and not sharding.has_mesh()
         and hidden_RD.dtype == jnp.float32
         and 1 < num_rows <= LANES  # a single row is not copied for
         and num_dims % NUM_DIMS == 0
