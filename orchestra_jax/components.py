@@ -65,7 +65,7 @@ def _build_jax_engine(config: RunConfig, parts: Components, params, version: int
     mesh = run_mesh(config)
     engines = [
         JaxEngine(parts.model_config, params, config.jax_engine, version, mesh, is_training=True)
-        for _ in range(num_threads(config))
+        for _ in range(1 if config.grpo.rollout_lag else num_threads(config))  # beside an update one core is left
     ]
     return Replicas(engines) if len(engines) > 1 else engines[0]
 
@@ -126,6 +126,7 @@ def check_config(config: RunConfig) -> None:
         check_optimizer(optimizer, f"{name}.optimizer")
     _check_reward(config)
     _check_what_does_nothing(config.grpo)
+    _check_lag(config)
     _check_numbers(config)
     if config.checkpoint_every < 1 or config.grpo.group_size < 2:
         raise ValueError(
@@ -198,6 +199,23 @@ def _check_mesh(config: RunConfig) -> None:
     if num_kv_heads % mesh.tensor:
         raise ValueError(
             f"mesh.tensor {mesh.tensor} must divide the {num_kv_heads} key-value heads of {config.model!r}"
+        )
+
+
+def _check_lag(config: RunConfig) -> None:
+    settings = config.grpo
+    lag = settings.rollout_lag
+    if lag not in (0, 1) or lag > settings.max_policy_lag:
+        raise ValueError(
+            f"grpo.rollout_lag {lag} must be 0 or 1, and grpo.max_policy_lag {settings.max_policy_lag} no less: what "
+            "is older leaves the loss"
+        )
+    # Programs of two threads that talk among the same devices can wait for each other for ever.
+    is_on_mesh = max(dataclasses.astuple(config.mesh)) > 1
+    if lag and is_on_mesh and (config.engine == "jax" or settings.kl == KL_IN_REWARD):
+        raise ValueError(
+            f"grpo.rollout_lag {lag} on a mesh needs engine 'sglang' and a grpo.kl of the loss, not {config.engine!r} "
+            f"and {settings.kl!r}: both would run on the trainer's devices beside the update"
         )
 
 

@@ -88,7 +88,8 @@ METRICS = {
     # Seconds are wall-clock seconds of this step, not the episodes' virtual ones.
     "speed/step_s": "the whole step",
     "speed/rollout_s": "sampling and tools",
-    "speed/batch_s": "advantages and packing",
+    "speed/batch_s": "advantages and packing; with a rollout lag the reference's log-probabilities, too",
+    "speed/waited_s": "until rollouts and batches were there: with a rollout lag they are made beside the last update",
     "speed/train_s": "forward, backward and update",
     "speed/trained_tokens_per_s": "sampled tokens per second of step time",
     "speed/rollouts_per_s": "rollouts per second of step time",

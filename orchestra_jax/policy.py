@@ -83,7 +83,10 @@ def saved_arrays(config: RunConfig, model_config: ModelConfig, optimizer):
         trained = trained_params(config, params, config.grpo.optimizer, GRPO)
         if not config.lora.rank:
             params = cast_parameters(params, config.warm_start.optimizer.precision)
-        return {"state": init_state(trained, optimizer), "reference_params": params}
+        arrays = {"state": init_state(trained, optimizer), "reference_params": params}
+        if config.grpo.rollout_lag:
+            arrays["sampler_params"] = params if config.lora.rank else trained
+        return arrays
 
     return abstract_arrays(config, model_config, config.grpo.optimizer, jax.eval_shape(initial))
 

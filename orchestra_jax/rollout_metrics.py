@@ -29,6 +29,7 @@ def rollout_metrics(
     objectives: Sequence[Objective],
     losses: Sequence[Mapping[str, float]],
     seconds: Sequence[float],
+    is_on_policy: bool = True,
 ) -> dict[str, float]:
     """Values by metric name.
 
@@ -38,7 +39,8 @@ def rollout_metrics(
       scored: what became of the groups.
       objectives: of every objective vector.
       losses: of each optimizer step; none if no group was kept.
-      seconds: of the rollouts, of scoring and packing, of the updates.
+      seconds: of the rollouts, of scoring and packing, until both were there, of the updates.
+      is_on_policy: sampler and trainer had the same weights when the updates began.
     """
     rollouts = [each for group in groups for each in group.trajectories]
     return {
@@ -49,7 +51,7 @@ def rollout_metrics(
         **_bills(rollouts),
         **_statuses(rollouts),
         **_filters(scored, rollouts),
-        **_losses(losses),
+        **_losses(losses, is_on_policy),
         **_speed(rollouts, seconds),
     }
 
@@ -68,13 +70,14 @@ def check_sampler_gap(mean_gap: float, most: float) -> None:
         )
 
 
-def _losses(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _losses(losses: Sequence[Mapping[str, float]], is_on_policy: bool) -> dict[str, float]:
     """Means over the optimizer steps of the training step; counts add up, the largest gap is the largest."""
     if not losses:
         return {}
     combine = {"num_tokens": np.sum, "num_rollouts": np.sum, "sampler_gap_max": np.max}
     names = {"loss": "loss/total", "gradient_norm": "optimizer/gradient_norm"}
-    return {"sampler/gap_mean": float(losses[0]["sampler_gap_mean"])} | {
+    gap = {"sampler/gap_mean": float(losses[0]["sampler_gap_mean"])} if is_on_policy else {}
+    return gap | {
         names.get(name, f"loss/{name}"): float(combine.get(name, np.mean)([some[name] for some in losses]))
         for name in losses[0]
     }
@@ -184,12 +187,13 @@ def _filters(scored: ScoredGroups, rollouts) -> dict[str, float]:
 
 
 def _speed(rollouts, seconds) -> dict[str, float]:
-    rollout_s, batch_s, train_s = (float(each) for each in seconds)
-    step_s = rollout_s + batch_s + train_s
+    rollout_s, batch_s, waited_s, train_s = (float(each) for each in seconds)
+    step_s = waited_s + train_s
     num_sampled = sum(int(each.loss_mask.sum()) for each in rollouts)
     return {
         "speed/rollout_s": rollout_s,
         "speed/batch_s": batch_s,
+        "speed/waited_s": waited_s,
         "speed/train_s": train_s,
         "speed/step_s": step_s,
         "speed/rollouts_per_s": len(rollouts) / step_s,

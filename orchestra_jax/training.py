@@ -6,14 +6,13 @@ the step of its last checkpoint with the same data, keys and weights.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
-import functools
 import gc
 import signal
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from orchestra_jax.checkpoints import Checkpointer
-from orchestra_jax.collection import collect
 from orchestra_jax.components import Components, build_components, build_engine
 from orchestra_jax.config import GrpoConfig, RunConfig
 from orchestra_jax.data.pipeline import InstanceStream, make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
-from orchestra_jax.environments.groups import run_groups
 from orchestra_jax.evaluation.evaluate import current_commit, evaluate_run
 from orchestra_jax.evaluation.functions import evaluate_functions
-from orchestra_jax.grpo.batching import BatchShape, MicroBatch, make_micro_batches
+from orchestra_jax.experience import Experience, loss_kl_coefficient, make_experience
+from orchestra_jax.grpo.batching import make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
-from orchestra_jax.grpo.kl_penalty import KL_IN_REWARD, reference_kl
-from orchestra_jax.grpo.packing import PackedBatch, PackedShape, make_packed_batches
-from orchestra_jax.grpo.scoring import ScoredGroups, score_groups
 from orchestra_jax.grpo.train_step import TrainState, init_state, train_step
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.optimizers import make_optimizer
@@ -53,12 +48,11 @@ from orchestra_jax.rewards.constraints import initial_multipliers, updated_multi
 from orchestra_jax.rewards.objectives import objective_vector
 from orchestra_jax.rollout_metrics import check_sampler_gap, rollout_metrics
 from orchestra_jax.run_directory import RunDirectory, config_as_dict, open_run_directory, read_json
+from orchestra_jax.sampler import Sampler
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.settings import (
-    batch_shape,
     loss_settings,
     num_threads,
-    packed_shape,
     scoring_settings,
     warm_start_shape,
 )
@@ -67,6 +61,13 @@ from orchestra_jax.types import TrajectoryGroup
 
 WARM_START_REPORT_EVERY = 10  # steps
 EVALUATIONS = {"question_answering": evaluate_run, "functions": evaluate_functions, "tau2": evaluate_functions}
+
+
+class Lagging(NamedTuple):
+    """The sampler's side of a run, from before the last update."""
+
+    params: object  # whole weights
+    multipliers: dict[str, float]
 
 
 @dataclasses.dataclass
@@ -78,6 +79,7 @@ class Progress:
     step: int  # GRPO steps done
     wall_s: float  # of earlier sessions of the run
     multipliers: dict[str, float] = dataclasses.field(default_factory=dict)  # Lagrange multipliers, by objective
+    lagging: Lagging | None = None  # with a rollout lag: what the next step's experience is made with
 
 
 def run(config: RunConfig, workdir: str) -> dict[str, object]:
@@ -104,7 +106,7 @@ def run(config: RunConfig, workdir: str) -> dict[str, object]:
         progress = restore(config, parts, checkpointer, batches)
         if progress is None:
             progress = warm_start(config, parts, directory)
-            save(parts, progress, checkpointer, batches, start_s)
+            save(parts, progress, checkpointer, batches.get_state(), start_s)
         progress = improve(config, parts, progress, batches, metrics, checkpointer, directory, start_s)
         trained = played_params(config, parts, progress)
         evaluate = EVALUATIONS[config.environment]
@@ -169,7 +171,9 @@ def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) ->
     reference_params = params if config.lora.rank else jax.tree.map(jnp.copy, params)
     trained = trained_params(config, params, config.grpo.optimizer, GRPO)
     state = new_state(config, parts.model_config, trained, config.grpo.optimizer, grpo_optimizer(config.grpo))
-    return Progress(state, reference_params, 0, 0.0, initial_multipliers(scoring_settings(config).budgets))
+    progress = Progress(state, reference_params, 0, 0.0, initial_multipliers(scoring_settings(config).budgets))
+    progress.lagging = lagging_policy(config, parts, progress)
+    return progress
 
 
 def start_or_restore_warm_start(config: RunConfig, parts: Components, params, optimizer, checkpointer, batches):
@@ -198,30 +202,28 @@ def improve(
 ) -> Progress:
     """GRPO from `progress.step` on. KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
-    shape = batch_shape(config)
-    engine = build_engine(config, parts, played_params(config, parts, progress), version=progress.step)
     bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)
-    with interrupt_flag() as interrupt:
+    with interrupt_flag() as interrupt, make_sampler(config, parts, progress, batches) as sampler:
         for step in bar:
             clock = [time.monotonic()]
-            collected = collect(
-                functools.partial(next, batches),
-                functools.partial(play, config, parts, engine, step),
-                functools.partial(score, config, parts, progress),
-                settings.max_resamples,
-            )
-            asyncio.run(engine.release_memory())
-            instances, groups, scored = collected.instances, collected.groups, collected.scored
-            clock.append(time.monotonic() - collected.score_s)
-            updates = split_into_updates(groups, scored, settings, shape, derive_seed(config.seed, "split", step))
+            experience = sampler.take(step, progress.lagging.multipliers if progress.lagging else progress.multipliers)
+            is_on_policy = sampler.version == step
+            if settings.rollout_lag and step + 1 < settings.num_steps:
+                progress.lagging = lagging_policy(config, parts, progress)
+                sampler.update_weights(progress.lagging.params, step)
+                sampler.begin(step + 1, progress.lagging.multipliers)
+            sampler.release_memory()
             clock.append(time.monotonic())
-            losses = take_optimizer_steps(config, parts, progress, updates, optimizer)
-            asyncio.run(engine.update_weights(played_params(config, parts, progress), step + 1))
-            raise_multipliers(config, parts, progress, collected.first_groups)
+            losses = take_optimizer_steps(config, parts, progress, experience, optimizer, is_on_policy)
+            if not settings.rollout_lag:
+                sampler.update_weights(played_params(config, parts, progress), step + 1)
+            instances, groups, scored, first_groups, num_resampled, _ = experience.collected
+            raise_multipliers(config, parts, progress, first_groups)
             progress.step = step + 1
             clock.append(time.monotonic())
-            values = rollout_metrics(instances, groups, scored, parts.objectives, losses, np.diff(clock))
-            values["filter/resampled_share"] = collected.num_resampled / len(groups)
+            seconds = (*experience.seconds, *np.diff(clock))
+            values = rollout_metrics(instances, groups, scored, parts.objectives, losses, seconds, is_on_policy)
+            values["filter/resampled_share"] = num_resampled / len(groups)
             values.update({f"multiplier/{name}": value for name, value in progress.multipliers.items()})
             values |= {"spend/total_usd": parts.account.spent_usd} if parts.account.spent_usd else {}
             metrics.write(step, values)
@@ -230,7 +232,7 @@ def improve(
                 directory.write_trajectories(step, groups[: config.num_saved_groups])
             is_last = interrupt.is_set or progress.step == settings.num_steps
             if is_last or progress.step % config.checkpoint_every == 0:
-                save(parts, progress, checkpointer, batches, start_s)
+                save(parts, progress, checkpointer, sampler.data_state(), start_s)
             if is_last:
                 break
         if interrupt.is_set:
@@ -238,27 +240,15 @@ def improve(
     return progress
 
 
-def play(config: RunConfig, parts: Components, engine, step: int, instances, round_number: int):
-    """The groups of `instances`; round 0 is a step's first, later ones resample."""
-    rounds = (round_number,) if round_number else ()
-    seed = derive_seed(config.seed, "rollout", step, *rounds)
-    return run_groups(instances, config.grpo.group_size, parts.environment, engine, parts.chat, parts.rollout, seed)
+def make_sampler(config: RunConfig, parts: Components, progress: Progress, batches: Iterator) -> Sampler:
+    """With an engine that has the weights which the next step's rollouts are to be sampled by."""
 
+    def make(engine, draw, step, multipliers):
+        return make_experience(config, parts, engine, draw, progress.reference_params, step, multipliers)
 
-def score(config: RunConfig, parts: Components, progress: Progress, groups: list[TrajectoryGroup]) -> ScoredGroups:
-    settings, penalty_PG = config.grpo, 0.0
-    coefficient = kl_coefficient(settings, progress.step)
-    if settings.kl == KL_IN_REWARD and coefficient:
-        with on_mesh(config):
-            nats_PG = reference_kl(
-                groups, progress.reference_params, parts.rollout.temperature,
-                config=parts.model_config, chunk=settings.logprob_chunk, shape=packed_shape(settings),
-            )  # fmt: skip
-        penalty_PG = coefficient * nats_PG
-    return score_groups(
-        groups, parts.objectives, scoring_settings(config),
-        policy_version=progress.step, multipliers=progress.multipliers, kl_penalty_PG=penalty_PG,
-    )  # fmt: skip
+    params = progress.lagging.params if progress.lagging else played_params(config, parts, progress)
+    version = max(progress.step - config.grpo.rollout_lag, 0)
+    return Sampler(make, build_engine(config, parts, params, version), batches, version)
 
 
 def raise_multipliers(config: RunConfig, parts: Components, progress: Progress, groups: list[TrajectoryGroup]) -> None:
@@ -280,54 +270,33 @@ def raise_multipliers(config: RunConfig, parts: Components, progress: Progress, 
 
 
 def take_optimizer_steps(
-    config: RunConfig, parts: Components, progress: Progress, updates: list[list[MicroBatch | PackedBatch]], optimizer
+    config: RunConfig,
+    parts: Components,
+    progress: Progress,
+    experience: Experience,
+    optimizer,
+    is_on_policy: bool,
 ) -> list[dict[str, float]]:
-    """Moves `progress.state` by one `train_step` for each update of a training step; returns their metrics."""
+    """Moves `progress.state` by one `train_step` for each update of a training step; returns their metrics.
+
+    is_on_policy: the rollouts were sampled by the state's weights, so that the first update's gap has to be 0.
+    """
     settings, losses = config.grpo, []
-    for micro_batches in updates:
+    for micro_batches, reference_logprobs in zip(experience.updates, experience.reference_logprobs, strict=True):
         with on_mesh(config):
             progress.state, some = train_step(
                 progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
-                0.0 if settings.kl == KL_IN_REWARD else kl_coefficient(settings, progress.step),
+                loss_kl_coefficient(settings, progress.step),
                 config=parts.model_config, settings=loss_settings(config),
                 optimizer=optimizer, num_updates=settings.num_updates,
                 gradient_dtype=recipe_of(settings.optimizer.precision).gradients,
                 base_params=progress.reference_params if config.lora.rank else None, num_threads=num_threads(config),
+                reference_logprobs=reference_logprobs,
             )  # fmt: skip
-        if not losses:
+        if not losses and is_on_policy:
             check_sampler_gap(some["sampler_gap_mean"], settings.max_sampler_gap)
         losses.append(some)
     return losses
-
-
-def split_into_updates(
-    groups: list[TrajectoryGroup],
-    scored: ScoredGroups,
-    settings: GrpoConfig,
-    shape: BatchShape | PackedShape,
-    seed: int,
-) -> list[list[MicroBatch | PackedBatch]]:
-    """Deals the kept groups out at random to updates of equal size, give or take one, each a list of micro-batches.
-
-    Later updates of a step are slightly off-policy; the truncated importance correction (current over sampler) is what
-    accounts for it. More, smaller optimizer steps on the same rollouts learn much faster here (docs/log.md).
-    """
-    # A group whose rollouts have all left the loss makes no update: its gradient is 0, and the momentum would step.
-    numbers = [k for k, group in enumerate(scored.kept) if scored.trained_PG[group].any()]
-    if not numbers:
-        return []
-    shuffled = np.array(numbers)[np.random.default_rng(seed).permutation(len(numbers))]
-    kept = np.array(scored.kept)
-    make_batches = make_packed_batches if isinstance(shape, PackedShape) else make_micro_batches
-    return [
-        make_batches(
-            [groups[number] for number in kept[part]],
-            scored.advantages_KG[part],
-            scored.trained_PG[kept[part]],
-            shape,
-        )
-        for part in np.array_split(shuffled, -(-len(numbers) // settings.groups_per_update))
-    ]
 
 
 def played_params(config: RunConfig, parts: Components, progress: Progress):
@@ -337,28 +306,31 @@ def played_params(config: RunConfig, parts: Components, progress: Progress):
         return whole_params(parts.model_config, progress.state.params, base_params)
 
 
+def lagging_policy(config: RunConfig, parts: Components, progress: Progress) -> Lagging | None:
+    """The policy as it is now, copied: the update donates the original. None without a lag."""
+    if not config.grpo.rollout_lag:
+        return None
+    return Lagging(jax.tree.map(jnp.copy, played_params(config, parts, progress)), progress.multipliers)
+
+
 def grpo_optimizer(settings: GrpoConfig):
     """Its rate decays over the optimizer steps of a run whose filter keeps every group."""
     updates_per_step = -(-settings.num_groups // settings.groups_per_update) * settings.num_updates
     return make_optimizer(settings.optimizer, settings.num_steps * updates_per_step)
 
 
-def kl_coefficient(settings: GrpoConfig, step: int) -> float:
-    """Falls linearly from the first to the final one: explore near the warm start first, then commit."""
-    share = step / max(settings.num_steps - 1, 1)
-    return settings.kl_coefficient + (settings.final_kl_coefficient - settings.kl_coefficient) * share
-
-
-def save(parts: Components, progress: Progress, checkpointer: Checkpointer, batches: Iterator, start_s: float) -> None:
+def save(parts: Components, progress: Progress, checkpointer: Checkpointer, data_state, start_s: float) -> None:
     """One atomic checkpoint of everything the next step depends on."""
     arrays = {"state": progress.state, "reference_params": progress.reference_params}
     wall_s = progress.wall_s + time.monotonic() - start_s
     host = {
-        "data_iterator": batches.get_state(),
+        "data_iterator": data_state,
         "wall_s": wall_s,
         "multipliers": progress.multipliers,
         "account": parts.account.get_state(),
     }
+    if progress.lagging is not None:
+        arrays["sampler_params"], host["sampler_multipliers"] = progress.lagging
     checkpointer.save(progress.step, arrays, host)
 
 
@@ -371,7 +343,10 @@ def restore(config: RunConfig, parts: Components, checkpointer: Checkpointer, ba
     arrays, host = checkpointer.restore(step, saved_arrays(config, parts.model_config, grpo_optimizer(config.grpo)))
     batches.set_state(host["data_iterator"])
     parts.account.set_state(host["account"])
-    return Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
+    progress = Progress(arrays["state"], arrays["reference_params"], step, host["wall_s"], host["multipliers"])
+    if config.grpo.rollout_lag:
+        progress.lagging = Lagging(arrays["sampler_params"], host["sampler_multipliers"])
+    return progress
 
 
 class Interrupt:

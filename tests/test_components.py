@@ -72,6 +72,7 @@ def test_the_parts_follow_the_config():
         ("mesh.tensor", 3, "mesh.tensor 3 must divide the 2 key-value heads of 'tiny'"),
         ("grpo.clip_low", 1.5, "clip_low 1.5 must lie in"),
         ("grpo.num_updates", 0, "grpo.num_updates 0 must be 1 or more"),
+        ("grpo.rollout_lag", 2, "grpo.rollout_lag 2 must be 0 or 1, and grpo.max_policy_lag 4 no less"),
         ("grpo.max_resamples", -1, "grpo.max_resamples -1 must be 0 or more"),
         ("grpo.std_ddof", 2, "grpo.std_ddof 2 must be 0 or 1"),
         ("grpo.advantage_clip", 0.0, "grpo.advantage_clip 0.0 positive"),
@@ -116,6 +117,21 @@ def test_episodes_beyond_the_models_context_are_refused():
     config.episode.max_tokens = config.jax_engine.max_tokens = 5000
     with pytest.raises(ValueError, match="episode.max_tokens 5000 is beyond the 4096 of 'tiny'"):
         build_components(config)
+
+
+def test_rollouts_beside_updates_on_the_same_mesh_are_refused():
+    config = small_config()
+    config.grpo.rollout_lag = 1
+    module.check_config(config)
+    config.mesh.data = 2
+    config.warm_start.groups_per_micro_batch = config.grpo.groups_per_micro_batch = 2
+    with pytest.raises(ValueError, match="grpo.rollout_lag 1 on a mesh needs engine 'sglang'"):
+        module.check_config(config)
+    config.engine = "sglang"
+    module.check_config(config)
+    config.grpo.kl = "k1_reward"
+    with pytest.raises(ValueError, match="not 'sglang' and 'k1_reward'"):
+        module.check_config(config)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ ROWS = (
         "collection",
     ),
     ("data.loaders.toolscale", "data.synthesis", "data.preference_pairs.written", "evaluation"),
+    ("experience",),
+    ("sampler",),
     ("training",),
     ("trained_policy",),
     ("export",),

@@ -14,7 +14,7 @@ from orchestra_jax.tools.ledger import JUDGE, ORCHESTRATOR, USER, make_receipt
 from orchestra_jax.types import CallRecord, CallStatus, EpisodeStatus, Reason, ToolCall, Trajectory, TrajectoryGroup
 
 OBJECTIVES = (Objective("outcome", "maximize", 0.0, 1.0), Objective("cost_usd", "minimize", 0.0, 1.0))
-SECONDS = (2.0, 0.5, 1.5)
+SECONDS = (2.0, 0.5, 2.5, 1.5)  # the rollouts and their batches were made in turn
 NUM_PROMPT_TOKENS = 2
 LOSSES = [
     {
@@ -140,6 +140,7 @@ def test_speed_counts_sampled_tokens_and_the_seconds_of_the_step():
     expected = {
         "speed/rollout_s": 2.0,
         "speed/batch_s": 0.5,
+        "speed/waited_s": 2.5,
         "speed/train_s": 1.5,
         "speed/step_s": 4.0,
         "speed/rollouts_per_s": 1.0,

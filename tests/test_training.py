@@ -4,7 +4,6 @@ The short runs learn nothing: their policy babbles. A slow test has a warm start
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -20,21 +19,18 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.catalog import TRAINING, UNSEEN_MODELS
-from orchestra_jax import training
+from orchestra_jax import experience, training
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.checkpoints import Checkpointer
 from orchestra_jax.components import build_components
-from orchestra_jax.config import GrpoConfig, RunConfig
+from orchestra_jax.config import RunConfig
 from orchestra_jax.data.pipeline import make_training_iterator
-from orchestra_jax.grpo.batching import BatchShape
-from orchestra_jax.grpo.packing import PackedBatch, PackedShape
-from orchestra_jax.grpo.scoring import ScoredGroups
 from orchestra_jax.metrics import MetricsWriter, check_metric_names
 from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.run_directory import read_json
 from orchestra_jax.seeds import derive_seed
 from orchestra_jax.trained_policy import evaluate_elsewhere
-from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup
+from orchestra_jax.types import EpisodeStatus
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 QWEN3_DIRECTORY = pathlib.Path(
@@ -236,7 +232,7 @@ def test_an_interrupt_during_the_last_save_loses_nothing(finished, warm, unevalu
         with pytest.raises(KeyboardInterrupt):
             training.run(small_config(), str(warm))
     assert_same_run(finished[0], warm)
-    monkeypatch.setattr(training, "run_groups", None)  # what is left is no step of training
+    monkeypatch.setattr(experience, "run_groups", None)  # what is left is no step of training
     assert training.run(small_config(), str(warm))["policies"] == "a stand-in"
 
 
@@ -257,7 +253,7 @@ def test_money_that_was_spent_is_known_to_the_run_that_goes_on(finished, tmp_pat
         assert parts.account.reserve(0.25) and parts.account.reserve(0.5)
         parts.account.settle(0.5, 0.375)
         progress.step += 1
-        training.save(parts, progress, checkpointer, batches, 0.0)
+        training.save(parts, progress, checkpointer, batches.get_state(), 0.0)
     for parts, _, _, progress in opened():
         assert (progress.step, parts.account.spent_usd) == (NUM_STEPS + 1, 0.625)
         assert not parts.account.reserve(0.376) and parts.account.reserve(0.375)
@@ -265,7 +261,7 @@ def test_money_that_was_spent_is_known_to_the_run_that_goes_on(finished, tmp_pat
 
 def test_a_step_without_a_kept_group_goes_on(warm, unevaluated, monkeypatch):
     """Every rollout of the first step is ended by infrastructure, and one of each group of the second."""
-    run_groups, steps = training.run_groups, iter(range(NUM_STEPS))
+    run_groups, steps = experience.run_groups, iter(range(NUM_STEPS))
 
     def failing(*arguments):
         groups, is_first = run_groups(*arguments), next(steps) == 0
@@ -280,7 +276,7 @@ def test_a_step_without_a_kept_group_goes_on(warm, unevaluated, monkeypatch):
             for group in groups
         ]
 
-    monkeypatch.setattr(training, "run_groups", failing)
+    monkeypatch.setattr(experience, "run_groups", failing)
     training.run(small_config(), str(warm))
     first, second = read_metrics(warm)
     assert (first["filter/failed_share"], first["filter/kept_groups_share"]) == (1.0, 0.0)
@@ -409,57 +405,34 @@ def test_the_learners_other_choices_run_and_resume_with_their_multipliers(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["gated_sum", "constrained"])
+def test_a_run_one_step_ahead_interrupted_ends_as_an_undisturbed_one(form, unevaluated, tmp_path, monkeypatch):
+    """Its sampler is one update behind, from the second step on, in both; so are the multipliers."""
+    config = small_config()
+    config.grpo.rollout_lag, config.grpo.num_steps = 1, 4
+    config.grpo.reward_form = form
+    if form == "constrained":
+        config.grpo.budget_cost_usd, config.grpo.multiplier_rate = 1e-6, 10.0
+    training.run(config, str(tmp_path / "one"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step=1)
+        with pytest.raises(KeyboardInterrupt):
+            training.run(config, str(tmp_path / "two"))
+    training.run(config, str(tmp_path / "two"))
+    lines = untimed(tmp_path / "one")
+    assert untimed(tmp_path / "two") == lines
+    gaps = [line["loss/sampler_gap_max"] for line in lines]
+    assert gaps[0] < 1e-4 < 1e-3 < min(gaps[1:])
+    assert ["sampler/gap_mean" in line for line in lines] == [True, False, False, False]
+    assert all(line["loss/ratio_mean"] == 1.0 for line in lines)
+
+
+@pytest.mark.slow
 def test_a_run_with_its_moments_on_the_host_is_the_same_run(finished, unevaluated, tmp_path):
     config = small_config()
     config.warm_start.optimizer.is_state_on_host = config.grpo.optimizer.is_state_on_host = True
     training.run(config, str(tmp_path / "run"))
     assert untimed(tmp_path / "run") == untimed(finished[0])
-
-
-def bare_group(name):
-    tokens, mask, zeros = np.array([1, 2, 3]), np.array([False, True, True]), np.zeros(3)
-    rollout = Trajectory(name, 0, tokens, mask, zeros, zeros, 1, (), (), EpisodeStatus.ANSWERED, "", {})
-    return TrajectoryGroup(name, {}, (rollout, rollout))
-
-
-def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
-    groups = [bare_group(str(number)) for number in range(7)]
-    kept = (0, 2, 3, 5, 6)
-    advantages_KG = np.array([[number, -number] for number in kept], float)
-    valid_PG, no_clip_KG = np.ones((7, 2), bool), np.zeros((5, 2), bool)
-    scored = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, kept, advantages_KG, no_clip_KG, {}, ())
-    settings, shape = GrpoConfig(groups_per_update=2, group_size=2), BatchShape(2, 2, (4,), (4,))
-    split = functools.partial(training.split_into_updates, groups, scored, settings, shape)
-    updates = split(seed=0)
-    assert [len(micro_batches) for micro_batches in updates] == [1, 1, 1]
-    rows = [batch.advantages_B[batch.loss_mask_BC.any(axis=1)].tolist() for (batch,) in updates]
-    assert sorted(len(row) // 2 for row in rows) == [1, 2, 2]
-    assert sorted(value for row in rows for value in row) == sorted(advantages_KG.ravel().tolist())
-    assert [batch.advantages_B.tolist() for (batch,) in split(seed=0)] == [b.advantages_B.tolist() for (b,) in updates]
-    assert any(not np.array_equal(a[0].advantages_B, b[0].advantages_B) for a, b in zip(updates, split(seed=1)))
-    nothing = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, (), advantages_KG[:0], no_clip_KG[:0], {}, ())
-    assert training.split_into_updates(groups, nothing, settings, shape, seed=0) == []
-
-
-@pytest.mark.parametrize("shape", [BatchShape(2, 2, (4,), (4,)), PackedShape(2, 8, 2)])
-def test_a_group_whose_rollouts_have_all_left_the_loss_makes_no_update(shape):
-    """Its gradient would be 0 and the optimizer's momentum would step all the same."""
-    groups = [bare_group(str(number)) for number in range(3)]
-    valid_PG, trained_PG = np.ones((3, 2), bool), np.array([[False, False], [True, False], [False, False]])
-    zeros_KG = np.zeros((3, 2))
-    scored = ScoredGroups(zeros_KG, valid_PG, trained_PG, (0, 1, 2), zeros_KG, zeros_KG > 0, {}, ())
-    settings = GrpoConfig(groups_per_update=1, group_size=2)
-    ((batch,),) = training.split_into_updates(groups, scored, settings, shape, seed=0)
-    assert (batch.loss_mask_RT if isinstance(batch, PackedBatch) else batch.loss_mask_BC).any(axis=1).sum() == 1
-    nobody = dataclasses.replace(scored, trained_PG=~valid_PG)
-    assert training.split_into_updates(groups, nobody, settings, shape, seed=0) == []
-
-
-def test_the_kl_coefficient_falls_linearly():
-    settings = GrpoConfig(num_steps=5, kl_coefficient=0.2, final_kl_coefficient=0.0)
-    falling = [training.kl_coefficient(settings, step) for step in range(5)]
-    assert falling == pytest.approx([0.2, 0.15, 0.1, 0.05, 0.0])
-    assert training.kl_coefficient(dataclasses.replace(settings, num_steps=1), 0) == 0.2
 
 
 def test_the_first_ctrl_c_is_a_flag_and_the_second_one_interrupts():

@@ -311,6 +311,7 @@ def train_step(
     gradient_dtype: str = "float32",
     base_params=None,
     num_threads: int = 1,
+    reference_logprobs: Sequence[jax.Array] | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
 
@@ -318,6 +319,7 @@ def train_step(
     further ones the old log-probabilities are computed once, before it. `gradient_dtype`: what micro-batches add up in.
     `base_params`: the frozen weights, if the state's parameters are low-rank factors (models/lora.py).
     `num_threads`: micro-batches that are computed at a time, each with gradients of its own (accumulation.py).
+    `reference_logprobs`: what `batch_logprobs` says of each batch under `reference_params`, if that is known already.
     Within sharding.mesh_context the step runs on all devices of the mesh, for a state of `place_state`. ValueError for
     no batch, or no update.
     """
@@ -335,9 +337,9 @@ def train_step(
             (
                 batch,
                 logprobs(state.params, batch, temperature, base_params) if num_updates > 1 else None,
-                logprobs(reference_params, batch, temperature) if kl_coefficient else None,
+                logprobs(reference_params, batch, temperature) if kl_coefficient and known_BC is None else known_BC,
             )
-            for batch in part
+            for batch, known_BC in part
         ]
 
     def add(is_first, params, gradients, compared):
@@ -348,7 +350,8 @@ def train_step(
             temperature, kl_coefficient, denominator, base_params, config=config, settings=settings,
         )  # fmt: skip
 
-    parts = in_threads(compare, deal_out(batches, num_threads))
+    known = [None] * len(batches) if reference_logprobs is None else reference_logprobs
+    parts = in_threads(compare, deal_out(list(zip(batches, known, strict=True)), num_threads))
     for number in range(num_updates):
         make_zeros = functools.partial(zero_gradients, state.params, config=config, dtype=gradient_dtype)
         add_to = functools.partial(add, number == 0, state.params)
