@@ -29,7 +29,7 @@ from orchestra_jax.evaluation.functions import evaluate_functions
 from orchestra_jax.experience import Experience, loss_kl_coefficient, make_experience
 from orchestra_jax.grpo.batching import make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
-from orchestra_jax.grpo.train_step import TrainState, init_state, train_step
+from orchestra_jax.grpo.train_step import TrainState, dispatch_step, init_state, read_metrics
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.policy import (
@@ -277,14 +277,14 @@ def take_optimizer_steps(
     optimizer,
     is_on_policy: bool,
 ) -> list[dict[str, float]]:
-    """Moves `progress.state` by one `train_step` for each update of a training step; returns their metrics.
+    """Moves `progress.state` by one step for each update of a training step; returns their metrics.
 
     is_on_policy: the rollouts were sampled by the state's weights, so that the first update's gap has to be 0.
     """
-    settings, losses = config.grpo, []
+    settings, measured = config.grpo, []
     for micro_batches, reference_logprobs in zip(experience.updates, experience.reference_logprobs, strict=True):
         with on_mesh(config):
-            progress.state, some = train_step(
+            progress.state, some = dispatch_step(
                 progress.state, micro_batches, parts.rollout.temperature, progress.reference_params,
                 loss_kl_coefficient(settings, progress.step),
                 config=parts.model_config, settings=loss_settings(config),
@@ -293,9 +293,10 @@ def take_optimizer_steps(
                 base_params=progress.reference_params if config.lora.rank else None, num_threads=num_threads(config),
                 reference_logprobs=reference_logprobs,
             )  # fmt: skip
-        if not losses and is_on_policy:
-            check_sampler_gap(some["sampler_gap_mean"], settings.max_sampler_gap)
-        losses.append(some)
+        measured.append(some)
+    losses = [read_metrics(each) for each in measured]
+    if losses and is_on_policy:
+        check_sampler_gap(losses[0]["sampler_gap_mean"], settings.max_sampler_gap)
     return losses
 
 

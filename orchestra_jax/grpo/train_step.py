@@ -297,7 +297,20 @@ def take_step(state: TrainState, gradients, *, config: ModelConfig, optimizer) -
     return state._replace(optimizer_state=moments), norm
 
 
-def train_step(
+class Measured(NamedTuple):
+    """The metrics of a step that may still run; `read_metrics` waits for them."""
+
+    by_micro_batch: list[dict[str, jax.Array]]
+    gradient_norm: jax.Array
+
+
+def train_step(*arguments, **options) -> tuple[TrainState, dict[str, float]]:
+    """`dispatch_step`, waited for: the new state and the metrics of the last pass, by name."""
+    state, measured = dispatch_step(*arguments, **options)
+    return state, read_metrics(measured)
+
+
+def dispatch_step(
     state: TrainState,
     batches: Sequence[MicroBatch | PackedBatch],
     temperature: float,
@@ -312,8 +325,10 @@ def train_step(
     base_params=None,
     num_threads: int = 1,
     reference_logprobs: Sequence[jax.Array] | None = None,
-) -> tuple[TrainState, dict[str, float]]:
-    """Trains on one batch of micro-batches, `num_updates` times over it, and returns the metrics of the last pass.
+) -> tuple[TrainState, Measured]:
+    """Trains on one batch of micro-batches, `num_updates` times over it, and returns what the last pass measures.
+
+    Nothing is waited for: the step after it can be dispatched while this one runs.
 
     `state` is donated. `reference_params`: read only if the KL coefficient is not 0. The first pass is on-policy; for
     further ones the old log-probabilities are computed once, before it. `gradient_dtype`: what micro-batches add up in.
@@ -327,8 +342,8 @@ def train_step(
         raise ValueError(
             f"{len(batches)} micro-batches and num_updates {num_updates}: there must be one of each at least"
         )
-    counts = [float(batch_denominator(batch, settings=settings)) for batch in batches]
-    denominator = max(sum(counts), 1.0)  # a batch that is masked out altogether has gradients of 0, not NaN
+    counts = [batch_denominator(batch, settings=settings) for batch in batches]
+    denominator = jnp.maximum(sum(counts), 1.0)  # a batch that is masked out altogether has gradients of 0, not NaN
     logprobs = functools.partial(batch_logprobs, config=config, chunk=settings.logprob_chunk)
 
     def compare(part):
@@ -357,7 +372,12 @@ def train_step(
         add_to = functools.partial(add, number == 0, state.params)
         gradients, metrics = sum_gradients(add_to, make_zeros, parts)
         state, gradient_norm = take_step(state, gradients, config=config, optimizer=optimizer)
-    return state, {**_combine(jax.device_get(metrics)), "gradient_norm": float(gradient_norm)}
+    return state, Measured(metrics, gradient_norm)
+
+
+def read_metrics(measured: Measured) -> dict[str, float]:
+    metrics, gradient_norm = jax.device_get(measured)
+    return {**_combine(metrics), "gradient_norm": float(gradient_norm)}
 
 
 def _combine(metrics: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
