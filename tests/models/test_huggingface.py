@@ -21,7 +21,7 @@ from orchestra_jax.models.config import MODELS, ModelConfig, RopeScaling
 from orchestra_jax.models.transformer import Transformer, head_weights, init_params
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = ("qwen3_tied", "qwen3_untied", "qwen3_yarn", "qwen2", "llama3")
+FAMILIES = ("qwen3_tied", "qwen3_untied", "qwen3_yarn", "qwen2", "llama3", "llama3_wide")
 
 
 @functools.partial(jax.jit, static_argnums=0)
