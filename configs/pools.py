@@ -7,12 +7,13 @@ in training, so price, time and place are all that a prompt says of an expert; t
 is a bound. Up to 23 experts stand in a prompt: hours on two CPU cores. Not run yet but in miniature.
 """
 
+from configs import quickstart
 from configs.catalog import EVALUATION, TRAINING
 from orchestra_jax.config import RunConfig
 
 
 def get_config() -> RunConfig:
-    config = RunConfig()
+    config = quickstart.get_config()
     config.world.training_pool = TRAINING
     config.world.evaluation_pool = EVALUATION
     config.world.reference_latency_s = 120.0

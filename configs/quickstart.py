@@ -9,4 +9,8 @@ from orchestra_jax.config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return RunConfig()
+    config = RunConfig()
+    config.episode.num_corrections = (
+        0  # after the warm start hardly a turn needs one, and reasons are long for this vocabulary
+    )
+    return config

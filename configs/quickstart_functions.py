@@ -7,12 +7,13 @@ shows a clerk who handles the lines in order and guesses what to do (environment
 Takes about 11 CPU minutes and 2 GB. docs/log.md says what it reaches.
 """
 
+from configs import quickstart
 from orchestra_jax.chat import SMALL_TOKENIZER_DIRECTORY
 from orchestra_jax.config import RunConfig
 
 
 def get_config() -> RunConfig:
-    config = RunConfig()
+    config = quickstart.get_config()
     config.environment = "functions"
     config.prompt.tokenizer_directory = str(SMALL_TOKENIZER_DIRECTORY.parent / "functions_tokenizer")
     config.functions.num_people, config.functions.num_things, config.functions.num_places = 20, 40, 2

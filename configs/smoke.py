@@ -5,11 +5,12 @@
 Under two minutes on two cores, most of it compilation.
 """
 
+from configs import quickstart
 from orchestra_jax.config import RunConfig
 
 
 def get_config() -> RunConfig:
-    config = RunConfig()
+    config = quickstart.get_config()
     config.data.num_tasks_per_cell = 20
     config.data.num_test_tasks_per_cell = 5
     config.warm_start.num_steps = 30

@@ -28,6 +28,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.allocation import keep_freed_memory
+
 USER_MISTAKE = 2
 INTERRUPTED = 130
 OVERRIDABLE_TYPES = (int, float, bool, str, tuple)
@@ -45,6 +47,7 @@ class _NoConfig:
 
 def run(main: Callable[[typing.Any], None]) -> None:
     """Parses the command line, calls `main(config)` and ends the process; see the top of the file for exit codes."""
+    keep_freed_memory()
     try:
         app.run(lambda _: main(flags.FLAGS.config), flags_parser=_parse_flags)
     except (CommandLineError, ValueError) as error:

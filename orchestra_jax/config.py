@@ -123,7 +123,7 @@ class EpisodeConfig:
     temperature: float = 1.0
     tool_timeout_s: float = 150.0  # the last word: above the deadlines of endpoints (120), servers and web search
     ends_on_tool_failure: bool = True  # else the policy is shown the failure and goes on
-    num_corrections: int = 0  # malformed turns that are answered with what is wrong; the next one ends the episode
+    num_corrections: int = 1  # malformed turns that are answered with what is wrong; the next one ends the episode
 
 
 @dataclasses.dataclass

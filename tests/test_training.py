@@ -42,6 +42,7 @@ TIME_FIELDS = ("speed/", "sampler/tokens_per_s")
 
 def small_config():
     config = RunConfig(model="tiny")
+    config.episode.num_corrections = 0  # what babbles babbles on
     config.data.num_tasks_per_cell, config.data.num_test_tasks_per_cell = 6, 2
     config.warm_start.num_steps, config.warm_start.num_groups, config.warm_start.group_size = 2, 2, 4
     config.warm_start.optimizer.learning_rate = 2e-2

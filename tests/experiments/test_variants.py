@@ -1,7 +1,8 @@
-"""Every named variant is a config that passes its check, and differs from the default in what it names alone."""
+"""Every named variant is a config that passes its check, and differs from the quickstart in what it names alone."""
 
 import pytest
 
+from configs import quickstart
 from experiments.variants import FACTORS, FULL_SIZE, VARIANTS, with_variant
 from orchestra_jax.components import check_config
 from orchestra_jax.config import RunConfig
@@ -19,7 +20,7 @@ def leaves(tree, prefix=""):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_a_config_that_differs_in_what_it_names(name):
-    config = RunConfig()
+    config = quickstart.get_config()
     changed = with_variant(config, name, seed=3)
     check_config(changed)
     for build in (batch_shape, loss_settings, scoring_settings):

@@ -8,7 +8,6 @@ models read positions far beyond their original context.
 """
 
 import pathlib
-import shutil
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ MODELS = {
     "qwen3_yarn": (QWEN3, False, 24, 8, 1, 10, {**YARN, "rope_theta": 1e4}),
     "qwen2": (QWEN2, True, 24, 3, 3, None, default(1e6)),
     "llama3": (LLAMA, False, 32, 4, 2, None, {**LLAMA3, "rope_theta": 5e5}),
+    "llama3_wide": (LLAMA, True, 24, 8, 1, 10, {**LLAMA3, "rope_theta": 5e5}),
 }
 
 
@@ -62,7 +62,6 @@ def main():
             attention_mask[1, 5:] = 0
             logits = model(input_ids=tokens, attention_mask=attention_mask).logits
         path = pathlib.Path(__file__).parent / name
-        shutil.rmtree(path, ignore_errors=True)
         model.save_pretrained(path)
         (path / "generation_config.json").unlink(missing_ok=True)
         arrays = {"tokens": tokens, "attention_mask": attention_mask, "logits": logits}

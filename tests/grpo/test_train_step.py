@@ -25,6 +25,7 @@ from orchestra_jax.grpo.train_step import (
 from orchestra_jax.models import transformer
 from orchestra_jax.models.config import MODELS
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
+from orchestra_jax.precision import RECIPES, cast_parameters
 from orchestra_jax.types import EpisodeStatus, Trajectory, TrajectoryGroup
 
 TINY = MODELS["tiny"]
@@ -298,3 +299,31 @@ def test_threads_add_up_the_same_gradients():
     assert_trees_close(two, one, rtol=1e-5, atol=1e-7)
     assert_trees_equal(again, two)
     assert metrics_of_two == pytest.approx(metrics_of_one, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_micro_batches_add_up_in_the_dtype_of_the_recipe(name):
+    recipe = RECIPES[name]
+    params = cast_parameters(fixed_params(), name)
+    gradients = module.zero_gradients(params, config=TINY, dtype=recipe.gradients)
+    added = jax.eval_shape(
+        functools.partial(module.add_gradients, config=TINY, settings=SETTINGS),
+        gradients, params, micro_batches()[0], None, None, 1.0, 0.0, 1.0,
+    )[0]  # fmt: skip
+    for tree in (gradients, added):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {recipe.gradients}
+
+
+@pytest.mark.slow
+def test_a_small_gradient_behind_a_large_one_is_kept_in_float32_and_lost_in_bfloat16():
+    """What the lean recipes give up: 1 + 2^-9 is 1 in bfloat16."""
+    kept = {}
+    for dtype in ("float32", "bfloat16"):
+        start = jax.tree.map(jnp.ones_like, module.zero_gradients(fixed_params(), config=TINY, dtype=dtype))
+        batch, *_ = micro_batches(advantages_PG=ADVANTAGES_PG * 1e-3)
+        total, _ = module.add_gradients(
+            start, fixed_params(), batch, None, None, 1.0, 0.0, 8.0, config=TINY, settings=SETTINGS
+        )
+        kept[dtype] = max(float(jnp.abs(leaf - 1).max()) for leaf in jax.tree.leaves(total))
+    assert 0 < kept["float32"] < 2**-9 and kept["bfloat16"] == 0.0

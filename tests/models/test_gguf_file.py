@@ -114,6 +114,23 @@ def test_k_quants_by_hand(tmp_path):
     np.testing.assert_array_equal(feed_forward["up"].astype(np.float32), np.full((1, 256, 256), 1.25))
 
 
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q5_K", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
+def test_other_kinds_are_what_the_package_reads_in_them(kind, tmp_path):
+    """Random blocks, whose scales are small half floats. That rows and blocks keep their places is ours."""
+    kind = gguf.GGMLQuantizationType[kind]
+    config = ModelConfig(38, 256, 512, 1, 2, 2, 128, has_qk_norm=False, has_qkv_bias=True, is_tied=False)
+    huggingface.save_pretrained(Transformer(config), init_params(config, jax.random.key(0)), tmp_path / "exact")
+    tensors, name = load_file(tmp_path / "exact" / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
+    weights, bytes_of_block = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(0).integers(0, 0x30, (256, 512 // weights * bytes_of_block), np.uint8)
+    tensors[name] = rows
+    write_gguf(tmp_path / "model.gguf", "qwen2", tensors, config, quantised={name: kind})
+    read = pretrained.load_params(str(tmp_path / "model.gguf"), None)["layers"]["feed_forward"]["down"]
+    expected = gguf.dequantize(rows, kind).astype(ml_dtypes.bfloat16)
+    assert expected.shape == (256, 512) and len(np.unique(expected)) > 100
+    np.testing.assert_array_equal(read[0], expected.T)
+
+
 def test_what_is_not_supported_is_named(tmp_path, monkeypatch, capsys):
     tensors, config = (
         load_file(GOLDEN / "qwen2" / "model.safetensors"),

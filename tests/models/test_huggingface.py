@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -20,7 +21,7 @@ from orchestra_jax.models.config import MODELS, ModelConfig, RopeScaling
 from orchestra_jax.models.transformer import Transformer, head_weights, init_params
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = ("qwen3_tied", "qwen3_untied", "qwen3_yarn", "qwen2", "llama3")
+FAMILIES = ("qwen3_tied", "qwen3_untied", "qwen3_yarn", "qwen2", "llama3", "llama3_wide")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -87,6 +88,11 @@ def test_a_config_is_written_as_it_is_read(family, tmp_path):
     config = huggingface_config.read_config(GOLDEN / family)
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config.config_fields(config)))
     assert huggingface_config.read_config(tmp_path) == config
+
+
+def test_loading_shows_how_far_it_is(directory, capsys):
+    huggingface.load_pretrained(directory)
+    assert re.search(r"loading weights: 100%.*13/13", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 4000])

@@ -67,6 +67,22 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, is_masked, c
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_scored", "num_chunks"), [(0, 0), (1, 1), (6, 1), (7, 2), (28, 5)])
+def test_the_head_meets_no_more_chunks_than_the_scored_tokens_fill(monkeypatch, num_scored, num_chunks):
+    """Products with the head that really run, forward and backward, of 28 tokens in chunks of 6."""
+    runs, logits = [], logprobs._logits
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: runs.append(1))
+        return logits(*arguments)
+
+    monkeypatch.setattr(logprobs, "_logits", counted)
+    mask_BT = jnp.arange(28).reshape(4, 7) % 28 < num_scored
+    values_and_gradients(lambda *inputs: [token_logprobs(*inputs, TARGETS_BT, TEMPERATURE_B, 6, mask_BT)])
+    jax.effects_barrier()
+    assert len(runs) == 2 * num_chunks
+
+
 def test_a_batch_without_a_scored_token_has_gradients_of_zero():
     none_BT = jnp.zeros_like(MASK_BT)
     results = values_and_gradients(lambda *inputs: [token_logprobs(*inputs, TARGETS_BT, TEMPERATURE_B, 6, none_BT)])
@@ -107,6 +123,13 @@ def temporary_bytes(num_rows, num_tokens, vocab_size, splits):
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     return step.lower(*shapes, targets, mask).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_temporaries_grow_with_the_vocabulary_as_the_head_does_and_no_more():
+    """Twice the columns: the gradient of the head and what it is added up in; no logits of all tokens."""
+    small, large = (temporary_bytes(8, 512, vocab_size, Splits()) for vocab_size in (151_936, 2 * 151_936))
+    head_bytes = 151_936 * 32 * 4
+    assert large - small < 2.1 * head_bytes < 0.05 * 8 * 512 * 151_936 * 4
 
 
 @pytest.mark.parametrize("splits", [Splits(), Splits(vocab=2)])  # in blocks of the vocab, and over all of it

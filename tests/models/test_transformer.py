@@ -3,10 +3,12 @@
 Legend: B rows, T tokens, D hidden, V vocab.
 """
 
+import collections
 import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,6 +168,35 @@ def test_bfloat16_compute_stays_near_float32(params):
     hidden_BTD = apply(dataclasses.replace(TINY, compute_dtype="bfloat16"), params, tokens_BT)
     assert hidden_BTD.dtype == jnp.bfloat16
     np.testing.assert_allclose(hidden_BTD.astype(jnp.float32), apply(TINY, params, tokens_BT), atol=0.15)
+
+
+def operand_dtypes(function, *inputs):
+    """{primitive: dtypes of its operands} of everything that the function computes, sub-programs included."""
+    found = collections.defaultdict(set)
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            for sub in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+            ):
+                if isinstance(sub, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                    walk(getattr(sub, "jaxpr", sub))
+            found[equation.primitive.name] |= {each.aval.dtype.name for each in equation.invars}
+
+    walk(jax.make_jaxpr(function)(*inputs).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_norms_and_softmax_are_float32_over_bfloat16_weights(params, implementation):
+    """Every exponential, sum and reciprocal root, forward and backward; the products of weights are bfloat16."""
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16", attention=implementation)
+    halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    tokens_BT = random_tokens(1, 4)
+    dtypes = operand_dtypes(jax.grad(lambda params: apply(config, params, tokens_BT).astype(jnp.float32).sum()), halves)
+    assert "bfloat16" in dtypes["dot_general"]
+    for name in ("exp", "rsqrt", "reduce_max"):
+        assert dtypes[name] == {"float32"}, name
 
 
 def test_logical_axes_name_every_dim_of_every_parameter():
