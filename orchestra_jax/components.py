@@ -210,6 +210,11 @@ def _check_lag(config: RunConfig) -> None:
             f"grpo.rollout_lag {lag} must be 0 or 1, and grpo.max_policy_lag {settings.max_policy_lag} no less: what "
             "is older leaves the loss"
         )
+    if lag and config.engine == "sglang" and config.sglang.is_colocated:
+        raise ValueError(
+            f"grpo.rollout_lag {lag} with sglang.is_colocated: servers that sample beside the update have no memory to "
+            "lend to it, set one of the two"
+        )
     # Programs of two threads that talk among the same devices can wait for each other for ever.
     is_on_mesh = max(dataclasses.astuple(config.mesh)) > 1
     if lag and is_on_mesh and (config.engine == "jax" or settings.kl == KL_IN_REWARD):

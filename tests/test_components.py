@@ -132,6 +132,9 @@ def test_rollouts_beside_updates_on_the_same_mesh_are_refused():
     config.grpo.kl = "k1_reward"
     with pytest.raises(ValueError, match="not 'sglang' and 'k1_reward'"):
         module.check_config(config)
+    config.sglang.is_colocated = True
+    with pytest.raises(ValueError, match="grpo.rollout_lag 1 with sglang.is_colocated"):
+        module.check_config(config)
 
 
 @pytest.mark.parametrize(
