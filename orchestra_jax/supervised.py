@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from orchestra_jax import sharding
 from orchestra_jax.grpo.accumulation import deal_out, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes, take_step, zero_gradients
+from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes, summed, take_step, zero_gradients
 from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.logprobs import token_logprobs
@@ -30,6 +30,7 @@ def add_supervised_gradients(
 ):
     """Adds the micro-batch's gradients to `gradients`, which are donated, and returns them with its part of the loss.
 
+    gradients: None if it is the only micro-batch.
     num_tokens: the masked-in tokens of the whole batch, over which the loss is a mean.
     """
 
@@ -38,7 +39,7 @@ def add_supervised_gradients(
         return -jnp.where(batch.loss_mask_BC, logprobs_BC, 0.0).sum() / num_tokens
 
     loss, new_gradients = jax.value_and_grad(loss_function)(params)
-    gradients = jax.tree.map(jnp.add, gradients, new_gradients)
+    gradients = summed(gradients, new_gradients, "float32")
     return sharding.constrain(gradients, state_axes(gradients, config)), loss
 
 

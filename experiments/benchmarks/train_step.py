@@ -7,8 +7,8 @@ The second runs google-tunix (_tunix_step.py) behind it, under an interpreter th
 google-tunix==0.1.7, or that and a checkout of its repository (--option=peer_path=DIRECTORY).
 
 The product's own step (supervised.supervised_step) on 8 rows of 256 prompt tokens and 256 scored ones, so half of the
-8 x 512 tokens are scored. CPU seconds are those of the process, after a first step that compiles. Its three programs
-hand the sum of gradients to each other, which counts as a temporary, as it does in the peer's one program.
+8 x 512 tokens are scored. CPU seconds are those of the process, after a first step that compiles. Its two programs hand
+the gradients to each other, which count as a temporary, as they do in the peer's one program.
 """
 
 from __future__ import annotations
@@ -99,18 +99,18 @@ class Learner:
         return loss
 
     def temporary_bytes(self) -> int:
-        """What the step holds at most beside state and batch: its programs' temporaries, and the sum of gradients."""
+        """What the step holds at most beside state and batch: its programs' temporaries, and the gradients."""
         import jax
 
         from orchestra_jax.grpo.train_step import apply_gradients
         from orchestra_jax.supervised import add_supervised_gradients
 
-        sums = self.state.params  # of the gradients' shapes
+        gradients = self.state.params  # of the gradients' shapes
         options = {"config": self.config}
-        add = add_supervised_gradients.lower(sums, self.state.params, self.batch, 1.0, chunk=self.chunk, **options)
-        take = apply_gradients.lower(self.state, sums, optimizer=self.optimizer, **options)
-        sum_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
-        return sum_bytes + max(each.compile().memory_analysis().temp_size_in_bytes for each in (add, take))
+        add = add_supervised_gradients.lower(None, self.state.params, self.batch, 1.0, chunk=self.chunk, **options)
+        take = apply_gradients.lower(self.state, gradients, optimizer=self.optimizer, **options)
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(gradients))
+        return num_bytes + max(each.compile().memory_analysis().temp_size_in_bytes for each in (add, take))
 
 
 def random_batch(vocab_size: int):

@@ -211,7 +211,7 @@ def batch_logprobs(
     return score_targets(token_logprobs, lora.attach(params, base_params), batch, temperature, config, chunk)
 
 
-@functools.partial(compilation.jit, static_argnames=("config", "settings"), donate_argnames="gradients")
+@functools.partial(compilation.jit, static_argnames=("config", "settings", "dtype"), donate_argnames="gradients")
 def add_gradients(
     gradients,
     params,
@@ -225,9 +225,11 @@ def add_gradients(
     *,
     config: ModelConfig,
     settings: LossSettings,
+    dtype: str = "float32",
 ):
     """Adds the micro-batch's gradients to `gradients`, which are donated, and returns them with its metrics.
 
+    gradients: None says that it is the only micro-batch; its gradients are returned in `dtype`.
     old_logprobs_BC: None says that the batch is on-policy for the trainer: old is current, the ratio 1.
     reference_logprobs_BC: None leaves the KL term out, whatever its coefficient.
     base_params: the frozen weights, if `params` are low-rank factors beside them.
@@ -256,8 +258,15 @@ def add_gradients(
         )
 
     (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
-    gradients = jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradients, new_gradients)
+    gradients = summed(gradients, new_gradients, dtype)
     return sharding.constrain(gradients, state_axes(gradients, config)), {**metrics, "loss": loss}
+
+
+def summed(gradients, new_gradients, dtype: str):
+    """The sum in the dtype of `gradients`; if those are None, what is new in `dtype`."""
+    if gradients is None:
+        return jax.tree.map(lambda new: new.astype(dtype), new_gradients)
+    return jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradients, new_gradients)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -363,6 +372,7 @@ def dispatch_step(
         return add_gradients(
             gradients, params, batch, None if is_first else old_BC, reference_BC,
             temperature, kl_coefficient, denominator, base_params, config=config, settings=settings,
+            dtype=gradient_dtype,
         )  # fmt: skip
 
     known = [None] * len(batches) if reference_logprobs is None else reference_logprobs

@@ -301,6 +301,21 @@ def test_threads_add_up_the_same_gradients():
     assert metrics_of_two == pytest.approx(metrics_of_one, rel=1e-5, abs=1e-6)
 
 
+def test_a_single_micro_batch_is_its_own_sum():
+    """No zeros are made for it."""
+    (batch,) = micro_batches(groups_per_batch=NUM_GROUPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "zero_gradients", lambda *_, **__: pytest.fail("zeros were made"))
+        alone, _ = update([batch])
+    zeros = module.zero_gradients(fixed_params(), config=TINY, dtype="float32")
+    denominator = float(module.batch_denominator(batch, settings=SETTINGS))
+    total, _ = module.add_gradients(
+        zeros, fixed_params(), batch, None, None, 1.0, 0.0, denominator, config=TINY, settings=SETTINGS
+    )
+    expected = jax.tree.map(lambda old, gradient: old - 0.1 * gradient, fixed_params(), total)
+    assert_trees_close(alone, expected, rtol=0, atol=1e-7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_micro_batches_add_up_in_the_dtype_of_the_recipe(name):
@@ -311,7 +326,11 @@ def test_micro_batches_add_up_in_the_dtype_of_the_recipe(name):
         functools.partial(module.add_gradients, config=TINY, settings=SETTINGS),
         gradients, params, micro_batches()[0], None, None, 1.0, 0.0, 1.0,
     )[0]  # fmt: skip
-    for tree in (gradients, added):
+    only = jax.eval_shape(
+        functools.partial(module.add_gradients, config=TINY, settings=SETTINGS, dtype=recipe.gradients),
+        None, params, micro_batches()[0], None, None, 1.0, 0.0, 1.0,
+    )[0]  # fmt: skip
+    for tree in (gradients, added, only):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {recipe.gradients}
 
 
