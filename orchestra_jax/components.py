@@ -61,11 +61,14 @@ class Components(World):
 
 
 def _build_jax_engine(config: RunConfig, parts: Components, params, version: int) -> Engine:
-    """On a mesh it samples there, from the weights as the trainer has laid them out."""
+    """On a mesh it samples there, from the weights as the trainer has laid them out.
+
+    As many as there are threads, for each fills one; beside updates, which have threads of their own, one.
+    """
     mesh = run_mesh(config)
     engines = [
         JaxEngine(parts.model_config, params, config.jax_engine, version, mesh, is_training=True)
-        for _ in range(1 if config.grpo.rollout_lag else num_threads(config))  # beside an update one core is left
+        for _ in range(1 if config.grpo.rollout_lag else num_threads(config))
     ]
     return Replicas(engines) if len(engines) > 1 else engines[0]
 
@@ -209,6 +212,11 @@ def _check_lag(config: RunConfig) -> None:
         raise ValueError(
             f"grpo.rollout_lag {lag} must be 0 or 1, and grpo.max_policy_lag {settings.max_policy_lag} no less: what "
             "is older leaves the loss"
+        )
+    if lag and settings.correction == "none":
+        raise ValueError(
+            f"grpo.rollout_lag {lag} with grpo.correction 'none': nothing would account for the sampler's older "
+            "weights, take 'token' or 'sequence'"
         )
     if lag and config.engine == "sglang" and config.sglang.is_colocated:
         raise ValueError(

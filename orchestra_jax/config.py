@@ -175,7 +175,9 @@ class GrpoConfig:
     overlong: str = "keep"  # "mask" or "soft"
     overlong_buffer_tokens: int = 32
     max_policy_lag: int = 4  # versions
-    max_sampler_gap: float = 0.05  # nats, mean over tokens of a step's first update; a larger one stops the run
+    # Nats, mean over tokens of a step's first update; a larger one stops the run. With a rollout lag only the first
+    # step is looked at, where both sides have the same weights.
+    max_sampler_gap: float = 0.05
     # The loss: grpo/loss.py.
     ratio: str = "token"
     correction: str = "token"

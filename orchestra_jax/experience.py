@@ -111,7 +111,7 @@ def split_into_updates(
 ) -> list[list[MicroBatch | PackedBatch]]:
     """Deals the kept groups out at random to updates of equal size, give or take one, each a list of micro-batches.
 
-    Later updates of a step are slightly off-policy; the truncated importance correction (current over sampler) is what
+    Later updates of a step are slightly off-policy; the truncated importance correction (old over sampler) is what
     accounts for it. More, smaller optimizer steps on the same rollouts learn much faster here (docs/log.md).
     """
     # A group whose rollouts have all left the loss makes no update: its gradient is 0, and the momentum would step.

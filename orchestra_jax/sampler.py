@@ -9,7 +9,8 @@ by the weights from before it:
     update                     v0 -> v1       v1 -> v2       v2 -> v3
 
 The old policy is the one that a step updates, as ever; the truncated correction (old over sampler, grpo/loss.py)
-accounts for the sampler's lag. Which weights play which step does not hang on time: same seed, same run.
+accounts for the sampler's lag. Which weights play which step does not hang on time: same seed, same run. Real money
+that experience has cost which an interrupt throws away stays spent.
 """
 
 from __future__ import annotations
@@ -20,20 +21,38 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestra_jax.data.records import Instance
 from orchestra_jax.experience import Experience
-from orchestra_jax.generation.engine import Engine
+from orchestra_jax.generation.engine import Completion, Engine
 
 Draw = Callable[[], Sequence[Instance]]
 Make = Callable[[Engine, Draw, int, Mapping[str, float]], Experience]
 
 
+class Abandoned(RuntimeError):
+    """Nobody wants the experience any more."""
+
+
+class _UntilAbandoned:
+    """The engine as rollouts beside an update see it: they end with their next turn when nobody wants them."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self.is_abandoned = engine, False
+
+    async def generate(self, *arguments: object, **options: object) -> Completion:
+        if self.is_abandoned:
+            raise Abandoned
+        return await self._engine.generate(*arguments, **options)
+
+
 class Sampler:
-    """Use it as a context manager: leaving it waits for what is being made."""
+    """Use it as a context manager: leaving it abandons what is being made, and waits for the turn under way."""
 
     def __init__(self, make: Make, engine: Engine, batches: Iterator, version: int):
         """make: (engine, draw, step, multipliers) -> the experience of the step. `version`: of the engine's weights."""
         self._make, self._engine, self._batches = make, engine, batches
         self.version = version
         self._ahead: Future | None = None
+        self._step_ahead = -1
+        self._engine_ahead = _UntilAbandoned(engine)
         self._data_state = None  # from before the instances ahead were drawn
         self._thread = ThreadPoolExecutor(1, "sampler")
 
@@ -41,20 +60,22 @@ class Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._engine_ahead.is_abandoned = True
         self._thread.shutdown(wait=True)
 
     def take(self, step: int, multipliers: Mapping[str, float]) -> Experience:
-        """The experience of `step`: what was begun ahead, waited for, or else made now."""
+        """The experience of `step`: what was begun ahead, waited for, or else made now with these multipliers."""
         if self._ahead is None:
             return self._make(self._engine, self._draw, step, multipliers)
+        assert step == self._step_ahead, f"step {self._step_ahead} is ahead, not {step}"
         ahead, self._ahead = self._ahead, None
         return ahead.result()
 
     def begin(self, step: int, multipliers: Mapping[str, float]) -> None:
         """Has the experience of `step` made, while the caller goes on. `take` it before anything else."""
         assert self._ahead is None, "one step ahead, no more"
-        self._data_state = self._batches.get_state()
-        self._ahead = self._thread.submit(self._make, self._engine, self._draw, step, dict(multipliers))
+        self._data_state, self._step_ahead = self._batches.get_state(), step
+        self._ahead = self._thread.submit(self._make, self._engine_ahead, self._draw, step, dict(multipliers))
 
     def _draw(self) -> Sequence[Instance]:
         return next(self._batches)

@@ -203,15 +203,17 @@ def improve(
     """GRPO from `progress.step` on. KeyboardInterrupt, saved, behind the step in which Ctrl-C was pressed."""
     settings, optimizer = config.grpo, grpo_optimizer(config.grpo)
     bar = tqdm(range(progress.step, settings.num_steps), desc="GRPO", initial=progress.step, total=settings.num_steps)
-    with interrupt_flag() as interrupt, make_sampler(config, parts, progress, batches) as sampler:
+    with start_sampler(config, parts, progress, batches) as sampler, interrupt_flag() as interrupt:
         for step in bar:
             clock = [time.monotonic()]
             experience = sampler.take(step, progress.lagging.multipliers if progress.lagging else progress.multipliers)
             is_on_policy = sampler.version == step
             if settings.rollout_lag and step + 1 < settings.num_steps:
-                progress.lagging = lagging_policy(config, parts, progress)
-                sampler.update_weights(progress.lagging.params, step)
-                sampler.begin(step + 1, progress.lagging.multipliers)
+                if not is_on_policy:
+                    progress.lagging = lagging_policy(config, parts, progress)
+                    sampler.update_weights(progress.lagging.params, step)
+                if not interrupt.is_set:
+                    sampler.begin(step + 1, progress.lagging.multipliers)
             sampler.release_memory()
             clock.append(time.monotonic())
             losses = take_optimizer_steps(config, parts, progress, experience, optimizer, is_on_policy)
@@ -240,7 +242,7 @@ def improve(
     return progress
 
 
-def make_sampler(config: RunConfig, parts: Components, progress: Progress, batches: Iterator) -> Sampler:
+def start_sampler(config: RunConfig, parts: Components, progress: Progress, batches: Iterator) -> Sampler:
     """With an engine that has the weights which the next step's rollouts are to be sampled by."""
 
     def make(engine, draw, step, multipliers):
@@ -308,10 +310,11 @@ def played_params(config: RunConfig, parts: Components, progress: Progress):
 
 
 def lagging_policy(config: RunConfig, parts: Components, progress: Progress) -> Lagging | None:
-    """The policy as it is now, copied: the update donates the original. None without a lag."""
+    """The policy as it is now, copied where the update donates the original. None without a lag."""
     if not config.grpo.rollout_lag:
         return None
-    return Lagging(jax.tree.map(jnp.copy, played_params(config, parts, progress)), progress.multipliers)
+    params = played_params(config, parts, progress)
+    return Lagging(params if config.lora.rank else jax.tree.map(jnp.copy, params), progress.multipliers)
 
 
 def grpo_optimizer(settings: GrpoConfig):

@@ -1,5 +1,6 @@
 """The parts of a run, and what is refused before anything runs."""
 
+import copy
 import json
 import math
 
@@ -119,10 +120,18 @@ def test_episodes_beyond_the_models_context_are_refused():
         build_components(config)
 
 
-def test_rollouts_beside_updates_on_the_same_mesh_are_refused():
+def test_a_lag_that_cannot_be_is_refused():
     config = small_config()
     config.grpo.rollout_lag = 1
     module.check_config(config)
+    for fields, told in (
+        ({"max_policy_lag": 0}, "grpo.rollout_lag 1 must be 0 or 1, and grpo.max_policy_lag 0 no less"),
+        ({"correction": "none"}, "grpo.rollout_lag 1 with grpo.correction 'none'"),
+    ):
+        changed = copy.deepcopy(config)
+        vars(changed.grpo).update(fields)
+        with pytest.raises(ValueError, match=told):
+            module.check_config(changed)
     config.mesh.data = 2
     config.warm_start.groups_per_micro_batch = config.grpo.groups_per_micro_batch = 2
     with pytest.raises(ValueError, match="grpo.rollout_lag 1 on a mesh needs engine 'sglang'"):

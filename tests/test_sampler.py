@@ -1,6 +1,8 @@
 """Who plays which step by which weights: `Sampler`, with an engine that only remembers its weights."""
 
+import asyncio
 import threading
+import time
 
 import pytest
 
@@ -10,6 +12,9 @@ from orchestra_jax.sampler import Sampler
 class RememberingEngine:
     def __init__(self):
         self.weights, self.num_releases = "v0", 0
+
+    async def generate(self):
+        return self.weights
 
     async def update_weights(self, params, version):
         self.weights = params
@@ -34,8 +39,9 @@ class CountingBatches:
 
 def make_with(gate: threading.Event):
     def make(engine, draw, step, multipliers):
+        instances, weights = draw(), asyncio.run(engine.generate())
         assert gate.wait(10)
-        return step, engine.weights, draw(), dict(multipliers)
+        return step, weights, instances, dict(multipliers)
 
     return make
 
@@ -64,6 +70,8 @@ def test_ahead_the_caller_goes_on_and_the_data_state_is_from_before(gate):
         multipliers = {"cost_usd": 1.0}
         sampler.begin(1, multipliers)
         multipliers["cost_usd"] = 5.0  # what the update beside it does
+        while batches.next_index < 2:  # drawn beside us
+            time.sleep(0.001)
         assert sampler.data_state() == {"next_index": 1}
         sampler.release_memory()
         assert engine.num_releases == 0  # it is at work
@@ -88,3 +96,20 @@ def test_what_fails_ahead_is_raised_where_it_is_taken():
         sampler.begin(0, {})
         with pytest.raises(RuntimeError, match="the servers are gone"):
             sampler.take(0, {})
+
+
+def test_leaving_abandons_what_is_ahead_with_its_next_turn():
+    turns, has_begun = [], threading.Event()
+
+    def make(engine, draw, step, multipliers):
+        while True:
+            turns.append(asyncio.run(engine.generate()))
+            has_begun.set()
+
+    with pytest.raises(ZeroDivisionError), Sampler(make, RememberingEngine(), CountingBatches(), 0) as sampler:
+        sampler.begin(0, {})
+        assert has_begun.wait(10)
+        raise ZeroDivisionError  # in the update
+    num_turns = len(turns)
+    time.sleep(0.05)
+    assert len(turns) == num_turns

@@ -303,6 +303,7 @@ def take_step(state: TrainState, gradients, *, config: ModelConfig, optimizer) -
         state._replace(optimizer_state=moments), gradients, config=config, optimizer=optimizer
     )
     moments = sharding.place(state.optimizer_state, sharding.host_shardings(state.optimizer_state))
+    jax.block_until_ready(moments)  # before those of the next step come to the device
     return state._replace(optimizer_state=moments), norm
 
 

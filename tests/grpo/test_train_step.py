@@ -301,6 +301,19 @@ def test_threads_add_up_the_same_gradients():
     assert metrics_of_two == pytest.approx(metrics_of_one, rel=1e-5, abs=1e-6)
 
 
+def test_reference_logprobs_that_are_known_are_not_computed():
+    """The same step, and the reference's weights are not read."""
+    batches, reference = micro_batches(), fixed_params(seed=1)
+    known = [batch_logprobs(reference, batch, 1.0, config=TINY, chunk=CHUNK) for batch in batches]
+    computed_params, computed = update(batches, reference=reference, kl_coefficient=0.3)
+    state, metrics = train_step(
+        init_state(jax.tree.map(jnp.array, fixed_params()), DESCENT), batches, 1.0, None, 0.3,
+        config=TINY, settings=SETTINGS, optimizer=DESCENT, num_updates=1, reference_logprobs=known,
+    )  # fmt: skip
+    assert metrics == computed and metrics["kl_reference"] > 0
+    assert_trees_equal(jax.device_get(state.params), computed_params)
+
+
 def test_a_single_micro_batch_is_its_own_sum():
     """No zeros are made for it."""
     (batch,) = micro_batches(groups_per_batch=NUM_GROUPS)

@@ -14,6 +14,7 @@ more time than it is given.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -143,16 +144,21 @@ def _without_titles(schema):
     return [_without_titles(each) for each in schema] if isinstance(schema, list) else schema
 
 
-@contextlib.contextmanager
 def _deadline(name: str, timeout_s: float):
-    """FunctionBroken from within a function that runs too long. Signals reach the main thread alone: elsewhere nothing
-    is cut, and a function that nobody vouches for belongs into the sandbox."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
+    """FunctionBroken from within a function that runs too long, in whatever thread it is called; what waits in C is cut
+    when it comes back. A function that nobody vouches for belongs into the sandbox."""
+    told = f"{name} ran longer than {timeout_s:g} s"
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        return _deadline_by_alarm(told, timeout_s)
+    return _deadline_by_watch(told, timeout_s)
+
+
+@contextlib.contextmanager
+def _deadline_by_alarm(told: str, timeout_s: float):
+    """Signals reach the main thread alone."""
 
     def stop(*_):
-        raise FunctionBroken(f"{name} ran longer than {timeout_s:g} s")
+        raise FunctionBroken(told)
 
     previous = signal.signal(signal.SIGALRM, stop)
     # Repeats: what is raised inside a finalizer or a callback of the garbage collector (jax has one) is dropped.
@@ -162,3 +168,29 @@ def _deadline(name: str, timeout_s: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, left_s, interval_s)
         signal.signal(signal.SIGALRM, previous)
+
+
+@contextlib.contextmanager
+def _deadline_by_watch(told: str, timeout_s: float):
+    """Another thread watches the clock and has the interpreter raise in this one."""
+
+    class TooSlow(FunctionBroken):  # the interpreter takes a class, and makes the exception itself
+        def __init__(self):
+            super().__init__(told)
+
+    caller, is_over, lock = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Lock()
+
+    def watch():
+        while not is_over.wait(timeout_s):  # repeats, as the alarm does
+            with lock:
+                if not is_over.is_set():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, ctypes.py_object(TooSlow))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        with lock:
+            is_over.set()
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, None)  # one that has not been raised yet never is

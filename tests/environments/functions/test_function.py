@@ -1,6 +1,7 @@
 """A function becomes a tool by its signature; what goes wrong in it is named, and undone."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -142,6 +143,23 @@ def test_an_alarm_that_is_dropped_strikes_again():
     domain = make_domain(swallows)
     with pytest.raises(FunctionBroken, match="swallows ran longer than 0.1 s"):
         call(domain, domain.open_database(), "swallows", timeout_s=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("function", [loops, swallows])
+def test_a_deadline_holds_in_a_thread_without_alarms_too(function):
+    """And strikes nothing that is called there behind it."""
+    domain = make_domain(function)
+
+    def play():
+        for _ in range(2):
+            with pytest.raises(FunctionBroken, match=f"{function.__name__} ran longer than 0.1 s"):
+                call(domain, domain.open_database(), function.__name__, timeout_s=0.1)
+        time.sleep(0.15)
+        return call(domain, domain.open_database(), "get_order", timeout_s=0.1, order_id="O1")
+
+    with ThreadPoolExecutor(1) as pool:
+        assert "O1" in pool.submit(play).result(timeout=20)
 
 
 def test_a_read_function_does_not_write():
