@@ -72,8 +72,13 @@ class Sampler:
         return ahead.result()
 
     def begin(self, step: int, multipliers: Mapping[str, float]) -> None:
-        """Has the experience of `step` made, while the caller goes on. `take` it before anything else."""
+        """Has the experience of `step` made, while the caller goes on. `take` it before anything else.
+
+        By an engine that remembers nothing of the step before, which had the same weights if it was the first: a run
+        that goes on here begins with a new one.
+        """
         assert self._ahead is None, "one step ahead, no more"
+        asyncio.run(self._engine.forget())
         self._data_state, self._step_ahead = self._batches.get_state(), step
         self._ahead = self._thread.submit(self._make, self._engine_ahead, self._draw, step, dict(multipliers))
 

@@ -11,13 +11,16 @@ from orchestra_jax.sampler import Sampler
 
 class RememberingEngine:
     def __init__(self):
-        self.weights, self.num_releases = "v0", 0
+        self.weights, self.num_releases, self.num_forgotten = "v0", 0, 0
 
     async def generate(self):
         return self.weights
 
     async def update_weights(self, params, version):
         self.weights = params
+
+    async def forget(self):
+        self.num_forgotten += 1
 
     async def release_memory(self):
         self.num_releases += 1
@@ -85,7 +88,7 @@ def test_ahead_the_caller_goes_on_and_the_data_state_is_from_before(gate):
         sampler.begin(2, multipliers)
         assert sampler.take(2, {}) == (2, "v1", ["batch 2"], {"cost_usd": 5.0})
         sampler.release_memory()
-        assert engine.num_releases == 1 and sampler.data_state() == {"next_index": 3}
+        assert (engine.num_releases, engine.num_forgotten) == (1, 2) and sampler.data_state() == {"next_index": 3}
 
 
 def test_what_fails_ahead_is_raised_where_it_is_taken():

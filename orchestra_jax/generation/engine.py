@@ -110,6 +110,10 @@ class Engine(Protocol):
 
     async def update_weights(self, params: object, version: int) -> None: ...
 
+    async def forget(self) -> None:
+        """Drops what is kept of sessions, while nothing is sampled: to later ones the engine is like a new one."""
+        ...
+
     async def release_memory(self) -> None:
         """Says that nothing is sampled before the next `update_weights`: an engine may lend its device memory out."""
         ...

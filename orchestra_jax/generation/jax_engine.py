@@ -155,6 +155,11 @@ class JaxEngine:
 
         await asyncio.to_thread(update)
 
+    async def forget(self) -> None:
+        with self._device_lock:
+            assert not self._turns, f"{len(self._turns)} turns are under way"
+            self._store.forget()
+
     async def release_memory(self) -> None:
         """Nothing: it shares the trainer's weights, and its caches are small."""
 

@@ -49,6 +49,10 @@ class Replicas:
         await asyncio.gather(*(engine.update_weights(params, version) for engine in self.engines))
         self._forget()
 
+    async def forget(self) -> None:
+        await asyncio.gather(*(engine.forget() for engine in self.engines))
+        self._forget()
+
     async def release_memory(self) -> None:
         await asyncio.gather(*(engine.release_memory() for engine in self.engines))
 

@@ -55,6 +55,9 @@ class ScriptedEngine:
     async def update_weights(self, params: object, version: int) -> None:
         self._version = version
 
+    async def forget(self) -> None:
+        self._num_turns = {}
+
     async def release_memory(self) -> None:
         """It has none."""
 

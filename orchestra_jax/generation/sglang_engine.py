@@ -320,6 +320,10 @@ class SGLangEngine:
         timeout_s, route = self._config.sync_timeout_s, self._config.weight_route
         await send_weights(server.connection, directories, version, timeout_s, server.is_released, route)
 
+    async def forget(self) -> None:
+        """Where sessions were. What servers have cached is theirs: it changes no more than last bits."""
+        self._placement.forget()
+
     async def release_memory(self) -> None:
         """Where trainer and servers share devices: the servers give theirs back until the next `update_weights`."""
         for server in self._servers.values() if self._config.is_colocated else ():
