@@ -10,7 +10,6 @@ from orchestra_jax.config import RunConfig
 
 def get_config() -> RunConfig:
     config = RunConfig()
-    config.episode.num_corrections = (
-        0  # after the warm start hardly a turn needs one, and reasons are long for this vocabulary
-    )
+    # One turn in a hundred is malformed behind the warm start, and reasons are long in this small vocabulary.
+    config.episode.num_corrections = 0
     return config
