@@ -10,6 +10,6 @@ from orchestra_jax.config import RunConfig
 
 def get_config() -> RunConfig:
     config = RunConfig()
-    # One turn in a hundred is malformed behind the warm start, and reasons are long in this small vocabulary.
+    # One rollout in a thousand is malformed behind the warm start, and reasons are long in this small vocabulary.
     config.episode.num_corrections = 0
     return config

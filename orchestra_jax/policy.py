@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from orchestra_jax import sharding
 from orchestra_jax.config import RunConfig
-from orchestra_jax.grpo.train_step import TrainState, init_state, place_state, state_axes
+from orchestra_jax.grpo.train_state import TrainState, init_state, place_state, state_axes
 from orchestra_jax.models import lora, pretrained
 from orchestra_jax.models.config import MODELS, ModelConfig
 from orchestra_jax.models.transformer import init_params, logical_axes

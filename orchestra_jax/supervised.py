@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from orchestra_jax import sharding
 from orchestra_jax.grpo.accumulation import deal_out, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import TrainState, score_targets, state_axes, summed, take_step, zero_gradients
+from orchestra_jax.grpo.train_state import TrainState, state_axes, take_step
+from orchestra_jax.grpo.train_step import score_targets, summed, zero_gradients
 from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.logprobs import token_logprobs

@@ -29,7 +29,8 @@ from orchestra_jax.evaluation.functions import evaluate_functions
 from orchestra_jax.experience import Experience, loss_kl_coefficient, make_experience
 from orchestra_jax.grpo.batching import make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
-from orchestra_jax.grpo.train_step import TrainState, dispatch_step, init_state, read_metrics
+from orchestra_jax.grpo.train_state import TrainState, init_state
+from orchestra_jax.grpo.train_step import dispatch_step, read_metrics
 from orchestra_jax.metrics import MetricsWriter
 from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.policy import (

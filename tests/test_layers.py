@@ -55,6 +55,7 @@ ROWS = (
         "grpo.batching",
         "grpo.packing",
         "grpo.scoring",
+        "grpo.train_state",
         "grpo.train_step",
         "grpo.kl_penalty",
         "supervised",

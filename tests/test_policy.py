@@ -13,7 +13,7 @@ import pytest
 from orchestra_jax import policy, sharding
 from orchestra_jax.checkpoints import Checkpointer
 from orchestra_jax.config import RunConfig
-from orchestra_jax.grpo.train_step import take_step
+from orchestra_jax.grpo.train_state import take_step
 from orchestra_jax.models.config import MODELS
 from orchestra_jax.optimizers import make_optimizer
 from orchestra_jax.precision import recipe_of

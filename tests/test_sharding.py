@@ -46,7 +46,8 @@ SHARDED_EQUALS_UNSHARDED = """
 import dataclasses, jax, jax.numpy as jnp, numpy as np, os
 from orchestra_jax import sharding
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import LossSettings, init_state, place_state, state_axes, train_step
+from orchestra_jax.grpo.train_state import init_state, place_state, state_axes
+from orchestra_jax.grpo.train_step import LossSettings, train_step
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
 from orchestra_jax.models import attention, huggingface, kv_cache, logprobs, lora, transformer
 from orchestra_jax.models.config import MODELS

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.train_step import batch_logprobs, init_state
+from orchestra_jax.grpo.train_state import init_state
+from orchestra_jax.grpo.train_step import batch_logprobs
 from orchestra_jax.models import transformer
 from orchestra_jax.models.config import MODELS
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer

@@ -100,7 +100,8 @@ def compile_step(config, axis_sizes, precision, batch, devices=None):
     import jax
 
     from orchestra_jax import sharding
-    from orchestra_jax.grpo.train_step import LossSettings, add_gradients, apply_gradients, init_state, state_axes
+    from orchestra_jax.grpo.train_state import apply_gradients, init_state, state_axes
+    from orchestra_jax.grpo.train_step import LossSettings, add_gradients
     from orchestra_jax.models.transformer import init_params, logical_axes
     from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
     from orchestra_jax.precision import cast_parameters, recipe_of

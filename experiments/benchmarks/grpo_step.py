@@ -85,7 +85,8 @@ class Learner:
         import jax
 
         from orchestra_jax import sharding
-        from orchestra_jax.grpo.train_step import LossSettings, init_state
+        from orchestra_jax.grpo.train_state import init_state
+        from orchestra_jax.grpo.train_step import LossSettings
         from orchestra_jax.models import lora
         from orchestra_jax.models.transformer import init_params
         from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
@@ -121,7 +122,8 @@ class Learner:
 
     def parts(self, batches):
         """{name: what to run}: a micro-batch's reference log-probabilities and gradients, and the optimizer's step."""
-        from orchestra_jax.grpo.train_step import add_gradients, batch_logprobs, take_step, zero_gradients
+        from orchestra_jax.grpo.train_state import take_step
+        from orchestra_jax.grpo.train_step import add_gradients, batch_logprobs, zero_gradients
 
         first, chunk = batches[0], self.settings.logprob_chunk
 

@@ -73,7 +73,7 @@ class Learner:
     def __init__(self, chunk: int, remat: str):
         import jax
 
-        from orchestra_jax.grpo.train_step import init_state
+        from orchestra_jax.grpo.train_state import init_state
         from orchestra_jax.models.config import ModelConfig
         from orchestra_jax.models.transformer import init_params
         from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
@@ -102,7 +102,7 @@ class Learner:
         """What the step holds at most beside state and batch: its programs' temporaries, and the gradients."""
         import jax
 
-        from orchestra_jax.grpo.train_step import apply_gradients
+        from orchestra_jax.grpo.train_state import apply_gradients
         from orchestra_jax.supervised import add_supervised_gradients
 
         gradients = self.state.params  # of the gradients' shapes

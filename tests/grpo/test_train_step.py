@@ -16,12 +16,8 @@ import pytest
 
 from orchestra_jax.grpo import train_step as module
 from orchestra_jax.grpo.batching import BatchShape, make_micro_batches
-from orchestra_jax.grpo.train_step import (
-    LossSettings,
-    batch_logprobs,
-    init_state,
-    train_step,
-)
+from orchestra_jax.grpo.train_state import init_state
+from orchestra_jax.grpo.train_step import LossSettings, batch_logprobs, train_step
 from orchestra_jax.models import transformer
 from orchestra_jax.models.config import MODELS
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
