@@ -19,10 +19,10 @@ from orchestra_jax import sharding
 from orchestra_jax.grpo.accumulation import deal_out, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.train_state import TrainState, state_axes, take_step
-from orchestra_jax.grpo.train_step import score_targets, summed, zero_gradients
+from orchestra_jax.grpo.train_step import score_targets, shares_targets, summed, zero_gradients
 from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.logprobs import token_logprobs
+from orchestra_jax.models.logprobs import token_logprobs, token_loss
 
 
 @functools.partial(compilation.jit, static_argnames=("config", "chunk"), donate_argnames="gradients")
@@ -36,8 +36,10 @@ def add_supervised_gradients(
     """
 
     def loss_function(params):
-        logprobs_BC = score_targets(token_logprobs, lora.attach(params, base_params), batch, 1.0, config, chunk)
-        return -jnp.where(batch.loss_mask_BC, logprobs_BC, 0.0).sum() / num_tokens
+        where = (lora.attach(params, base_params), batch, 1.0, config, chunk)
+        if shares_targets(batch):
+            return -score_targets(token_logprobs, *where).sum() / num_tokens
+        return score_targets(functools.partial(token_loss, jnp.negative), *where)[0] / num_tokens
 
     loss, new_gradients = jax.value_and_grad(loss_function)(params)
     gradients = summed(gradients, new_gradients, "float32")

@@ -194,11 +194,10 @@ def _policy_terms(policies, advantages_BT, mask_BT, rollouts, clips, correction_
     }
 
 
-def _regularisers(current_BT, mask_BT, reference_logprobs_BT, kl_coefficient, kl, entropy_BT, entropy_coefficient):
+def _regularisers(current_BT, mask_BT, reference_BT, kl_coefficient, kl, entropy_BT, entropy_coefficient):
     """(name, value [B, T], coefficient) of the KL and of the entropy, each where its array is given."""
     found = []
-    if reference_logprobs_BT is not None:
-        reference_BT = jax.lax.stop_gradient(_masked(reference_logprobs_BT, mask_BT))
+    if reference_BT is not None:
         estimate = _choice("kl", kl, KL_ESTIMATORS)
         found.append(("kl_reference", estimate(current_BT, reference_BT), kl_coefficient))
     elif kl_coefficient != 0:
@@ -219,6 +218,93 @@ def _metrics(terms, mask_BT, rollouts):
     metrics["num_tokens"] = num_tokens
     metrics["num_rollouts"] = _num_rollouts(mask_BT, rollouts, 1).astype(jnp.float32)
     return jax.lax.stop_gradient(metrics)
+
+
+class _Given(NamedTuple):
+    """What the loss reads beside the current log-probabilities: masked, without gradients."""
+
+    mask_BT: jax.Array
+    rollouts: Rollouts
+    old_BT: jax.Array | None
+    sampler_BT: jax.Array
+    reference_BT: jax.Array | None
+    advantages_BT: jax.Array
+    weights_BT: jax.Array  # before the division by the denominator
+
+
+def _given(old_BT, sampler_BT, reference_BT, advantages_B, loss_mask_BT, aggregation, segment_ids_BT) -> _Given:
+    token_weights, _ = _choice("aggregation", aggregation, AGGREGATIONS)
+    mask_BT = jnp.asarray(loss_mask_BT).astype(bool)
+    assert len(advantages_B) == len(mask_BT), f"advantages {advantages_B.shape} for a mask {mask_BT.shape}"
+    advantages_BS = advantages_B[:, None] if segment_ids_BT is None else advantages_B
+    rollouts = rollouts_of(mask_BT.shape, segment_ids_BT, advantages_BS.shape[1])
+    if segment_ids_BT is not None:  # a NaN of a rollout that is out would reach all of its row in the product
+        advantages_BS = jnp.where(rollouts.total(mask_BT) > 0, advantages_BS, 0.0)
+    old_BT, sampler_BT, reference_BT, advantages_BT = (
+        None if values_BT is None else jax.lax.stop_gradient(_masked(values_BT, mask_BT))
+        for values_BT in (old_BT, sampler_BT, reference_BT, rollouts.spread(advantages_BS))
+    )
+    weights_BT = token_weights(mask_BT, rollouts)
+    return _Given(mask_BT, rollouts, old_BT, sampler_BT, reference_BT, advantages_BT, weights_BT)
+
+
+def is_elementwise(ratio: str, correction: str, entropy_coefficient: float) -> bool:
+    """Whether a token's loss depends on its own log-probability alone."""
+    return ratio in ("token", "cispo") and correction in ("token", "none") and entropy_coefficient == 0
+
+
+def elementwise_loss(
+    old_logprobs_BT: jax.Array | None,
+    sampler_logprobs_BT: jax.Array,
+    reference_logprobs_BT: jax.Array | None,
+    advantages_B: jax.Array,
+    loss_mask_BT: jax.Array,
+    *,
+    denominator: jax.Array | float,
+    kl_coefficient: jax.Array | float,
+    correction_clip: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    entropy_coefficient: float,
+    aggregation: str,
+    ratio: str,
+    correction: str,
+    kl: str,
+    segment_ids_BT: jax.Array | None = None,
+) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """`grpo_loss` where `is_elementwise`: (loss_of, per_token), as models.logprobs.token_loss takes them.
+
+    The sum of loss_of(logprobs, *per_token) over the masked-in tokens is the loss. old_logprobs_BT: None says that old
+    is current. The other arguments are those of `grpo_loss`.
+    """
+    assert is_elementwise(ratio, correction, entropy_coefficient), (ratio, correction, entropy_coefficient)
+    check_clips(clip_low, clip_high, dual_clip, correction_clip)
+    given = _given(
+        old_logprobs_BT, sampler_logprobs_BT, reference_logprobs_BT, advantages_B, loss_mask_BT, aggregation,
+        segment_ids_BT,
+    )  # fmt: skip
+    arrays = {
+        "sampler": given.sampler_BT,
+        "advantages": given.advantages_BT,
+        "weights": given.weights_BT / denominator,
+        "kl_coefficient": jnp.broadcast_to(jnp.asarray(kl_coefficient, jnp.float32), given.mask_BT.shape),
+        "old": given.old_BT,
+        "reference": given.reference_BT,
+    }
+    arrays = {name: array_BT for name, array_BT in arrays.items() if array_BT is not None}
+
+    def loss_of(current, *values):
+        of = dict(zip(arrays, values, strict=True))
+        policies = current, of.get("old", jax.lax.stop_gradient(current)), of["sampler"]
+        clips = (clip_low, clip_high, dual_clip)
+        terms = _policy_terms(policies, of["advantages"], None, None, clips, correction_clip, ratio, correction)
+        loss = terms["policy_loss"]
+        if "reference" in of:
+            loss = loss + of["kl_coefficient"] * _choice("kl", kl, KL_ESTIMATORS)(current, of["reference"])
+        return loss * of["weights"]
+
+    return loss_of, tuple(arrays.values())
 
 
 def grpo_loss(
@@ -262,26 +348,22 @@ def grpo_loss(
       ValueError: a setting out of its range, or a coefficient without the array it weighs.
     """
     check_clips(clip_low, clip_high, dual_clip, correction_clip)
-    token_weights, _ = _choice("aggregation", aggregation, AGGREGATIONS)
-    mask_BT = jnp.asarray(loss_mask_BT).astype(bool)
-    assert len(advantages_B) == len(mask_BT), f"advantages {advantages_B.shape} for a mask {mask_BT.shape}"
-    advantages_BS = advantages_B[:, None] if segment_ids_BT is None else advantages_B
-    rollouts = rollouts_of(mask_BT.shape, segment_ids_BT, advantages_BS.shape[1])
+    given = _given(
+        old_logprobs_BT, sampler_logprobs_BT, reference_logprobs_BT, advantages_B, loss_mask_BT, aggregation,
+        segment_ids_BT,
+    )  # fmt: skip
+    mask_BT, rollouts = given.mask_BT, given.rollouts
     current_BT = _masked(logprobs_BT, mask_BT)
-    if segment_ids_BT is not None:  # a NaN of a rollout that is out would reach all of its row in the product
-        advantages_BS = jnp.where(rollouts.total(mask_BT) > 0, advantages_BS, 0.0)
-    constants = (old_logprobs_BT, sampler_logprobs_BT, rollouts.spread(advantages_BS))
-    old_BT, sampler_BT, advantages_BT = (jax.lax.stop_gradient(_masked(values_BT, mask_BT)) for values_BT in constants)
     terms = _policy_terms(
-        (current_BT, old_BT, sampler_BT), advantages_BT, mask_BT, rollouts,
+        (current_BT, given.old_BT, given.sampler_BT), given.advantages_BT, mask_BT, rollouts,
         (clip_low, clip_high, dual_clip), correction_clip, ratio, correction,
     )  # fmt: skip
     token_loss_BT = terms["policy_loss"]
     regularisers = _regularisers(
-        current_BT, mask_BT, reference_logprobs_BT, kl_coefficient, kl, entropy_BT, entropy_coefficient
+        current_BT, mask_BT, given.reference_BT, kl_coefficient, kl, entropy_BT, entropy_coefficient
     )
     for name, value_BT, coefficient in regularisers:
         terms[name] = value_BT
         token_loss_BT = token_loss_BT + coefficient * value_BT
-    loss = (token_loss_BT * token_weights(mask_BT, rollouts)).sum() / denominator
+    loss = (token_loss_BT * given.weights_BT).sum() / denominator
     return loss, _metrics(terms, mask_BT, rollouts)

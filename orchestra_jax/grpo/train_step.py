@@ -24,13 +24,13 @@ import optax
 from orchestra_jax import sharding
 from orchestra_jax.grpo.accumulation import deal_out, in_threads, sum_gradients
 from orchestra_jax.grpo.batching import MicroBatch
-from orchestra_jax.grpo.loss import grpo_loss, loss_denominator
+from orchestra_jax.grpo.loss import elementwise_loss, grpo_loss, is_elementwise, loss_denominator
 from orchestra_jax.grpo.packing import PackedBatch, layout
 from orchestra_jax.grpo.train_state import TrainState, state_axes, take_step
 from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import shared_prefix_cache
-from orchestra_jax.models.logprobs import Splits, token_logprobs, token_logprobs_and_entropy
+from orchestra_jax.models.logprobs import Splits, token_logprobs, token_logprobs_and_entropy, token_loss
 from orchestra_jax.models.transformer import Transformer, head_weights
 
 
@@ -121,6 +121,11 @@ def batch_denominator(batch: MicroBatch | PackedBatch, *, settings: LossSettings
     return jnp.where(inputs.loss_mask_BC.any(), count, 0.0)
 
 
+def shares_targets(batch: MicroBatch | PackedBatch) -> bool:
+    """Whether a target may be scored for several rollouts at once, so that its loss is not one token's."""
+    return isinstance(batch, MicroBatch) and batch.shared_columns_PS is not None
+
+
 def score_targets(function, params, batch: MicroBatch | PackedBatch, temperature, config: ModelConfig, chunk: int):
     """What `function` (of models.logprobs) says of the targets where the loss mask is set, under `params`."""
     inputs = loss_inputs(batch)
@@ -133,7 +138,7 @@ def score_targets(function, params, batch: MicroBatch | PackedBatch, temperature
     if isinstance(batch, PackedBatch):
         return score(packed_hidden(params, batch, config), inputs.targets_BC, inputs.loss_mask_BC)
     hidden_PTD, hidden_BID = prefix_and_own_hidden(params, batch, config)
-    if batch.shared_columns_PS is None:
+    if not shares_targets(batch):
         return score(hidden_BID, inputs.targets_BC, inputs.loss_mask_BC)
     return _score_shared_once(score, hidden_PTD, hidden_BID, batch)
 
@@ -199,25 +204,30 @@ def add_gradients(
 
     inputs = loss_inputs(batch)
 
+    given = (inputs.sampler_logprobs_BC, reference_logprobs_BC, inputs.advantages, inputs.loss_mask_BC)
+    options = {
+        "denominator": denominator,
+        "kl_coefficient": kl_coefficient if reference_logprobs_BC is not None else 0.0,
+        "segment_ids_BT": inputs.segment_ids_BC,
+        **settings.of_the_loss(),
+    }
+    is_alone = is_elementwise(settings.ratio, settings.correction, settings.entropy_coefficient)
+
     def loss_function(params):
-        logprobs_BC, entropy_BC = score_targets(
-            token_logprobs_and_entropy, lora.attach(params, base_params), batch, temperature, config,
-            settings.logprob_chunk,
+        weights = lora.attach(params, base_params)
+        score = functools.partial(
+            score_targets, params=weights, batch=batch, temperature=temperature, config=config,
+            chunk=settings.logprob_chunk,
         )  # fmt: skip
+        if is_alone and not shares_targets(batch):
+            loss_of, per_token = elementwise_loss(old_logprobs_BC, *given, **options)
+            scored = functools.partial(token_loss, loss_of, per_token=per_token, has_entropy=True)
+            loss, (logprobs_BC, entropy_BC) = score(scored)
+        else:
+            loss, (logprobs_BC, entropy_BC) = None, score(token_logprobs_and_entropy)
         old_BC = jax.lax.stop_gradient(logprobs_BC) if old_logprobs_BC is None else old_logprobs_BC
-        return grpo_loss(
-            logprobs_BC,
-            old_BC,
-            inputs.sampler_logprobs_BC,
-            reference_logprobs_BC,
-            inputs.advantages,
-            inputs.loss_mask_BC,
-            denominator=denominator,
-            kl_coefficient=kl_coefficient if reference_logprobs_BC is not None else 0.0,
-            entropy_BT=entropy_BC,
-            segment_ids_BT=inputs.segment_ids_BC,
-            **settings.of_the_loss(),
-        )
+        loss_of_scores, metrics = grpo_loss(logprobs_BC, old_BC, *given, entropy_BT=entropy_BC, **options)
+        return loss_of_scores if loss is None else loss, metrics
 
     (loss, metrics), new_gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
     gradients = summed(gradients, new_gradients, dtype)
