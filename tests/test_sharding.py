@@ -69,7 +69,10 @@ def loss(params, prompts, tokens):
     head = transformer.head_weights(params, config)
     splits = logprobs.Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
     mask = tokens % 3 > 0
-    return logprobs.token_logprobs(hidden, head, tokens, jnp.ones(8), 16, mask, splits).mean()
+    rest = (hidden, head, tokens, jnp.ones(8), 16, mask, splits)
+    weights = jnp.linspace(-1, 1, 48).reshape(8, 6)
+    total, _ = logprobs.token_loss(lambda score, weight: weight * score**2, *rest, per_token=(weights,))
+    return logprobs.token_logprobs(*rest).mean() + total / 48
 
 expected = jax.jit(jax.value_and_grad(loss))(params, prompts, tokens)
 MESHES = (

@@ -1,5 +1,6 @@
 """Packing: the layout by hand, the waste, the speed, and that how a batch is cut changes neither loss nor gradient."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestra_jax.grpo import train_step as module
 from orchestra_jax.grpo.batching import BatchShape, make_micro_batches
 from orchestra_jax.grpo.kl_penalty import reference_kl
 from orchestra_jax.grpo.packing import PackedShape, layout, make_packed_batches, pack_lengths, wasted_share
@@ -148,6 +150,52 @@ def test_how_a_batch_is_cut_changes_neither_loss_nor_gradient(ratio, correction,
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * size), other_gradients, gradients
         )
+
+
+def gradients_and_calls(monkeypatch, batch, old, reference, loss_settings, is_fused):
+    """-> ((gradients, metrics), how often token_loss was called). Traced anew, so that the patches are seen."""
+    calls, token_loss = [], module.token_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "token_loss", lambda *args, **kwargs: calls.append(1) or token_loss(*args, **kwargs))
+        if not is_fused:
+            patch.setattr(module, "is_elementwise", lambda *_: False)
+        add = jax.jit(functools.partial(module.add_gradients.__wrapped__, config=TINY, settings=loss_settings))
+        return add(None, fixed_params(), batch, old, reference, 0.9, 0.1, 3.0), len(calls)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "correction", "kl", "aggregation", "shape"),
+    [
+        ("token", "token", "k2", "rollout_mean", "packed"),
+        ("cispo", "none", "k3", "token_mean", "packed"),
+        ("token", "none", "k3", "constant", "shared prompts"),
+        ("cispo", "token", "k2", "sequence_mean", "shared prompts"),
+    ],
+)
+@pytest.mark.parametrize("is_on_policy", [True, False])
+def test_the_loss_of_tokens_alone_has_the_gradients_of_the_loss_of_rollouts(
+    monkeypatch, ratio, correction, kl, aggregation, shape, is_on_policy
+):
+    loss_settings = LossSettings(0.2, 0.28, 10.0, 2.0, 0.0, aggregation, CHUNK, ratio, correction, kl, 20)
+    make = make_packed_batches if isinstance(CUTS[shape], PackedShape) else make_micro_batches
+    (batch,) = make(GROUPS, ADVANTAGES_PG, TRAINED_PG, CUTS[shape])
+    old, reference = (batch_logprobs(fixed_params(seed), batch, 0.9, config=TINY, chunk=CHUNK) for seed in (1, 2))
+    policies = (None, None) if is_on_policy else (old, reference)
+    (fused, num_fused), (plain, num_plain) = (
+        gradients_and_calls(monkeypatch, batch, *policies, loss_settings, is_fused) for is_fused in (True, False)
+    )
+    assert num_fused > 0 == num_plain
+    size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain[0]))
+    assert size > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * size), fused, plain)
+
+
+@pytest.mark.parametrize("other", [{"ratio": "sequence"}, {"correction": "sequence"}, {"entropy_coefficient": 0.1}])
+def test_what_reads_more_than_a_token_is_not_taken_token_by_token(monkeypatch, other):
+    settings = LossSettings(0.2, 0.28, 10.0, 2.0, 0.0, "rollout_mean", CHUNK)
+    (batch,) = make_packed_batches(GROUPS, ADVANTAGES_PG, TRAINED_PG, CUTS["packed"])
+    _, num_calls = gradients_and_calls(monkeypatch, batch, None, None, dataclasses.replace(settings, **other), True)
+    assert num_calls == 0
 
 
 def first_update(advantages_PG):
