@@ -246,7 +246,7 @@ def test_temporaries_of_the_loss_are_those_of_a_chunk(monkeypatch, splits):
     vocab_size = 151_936
     monkeypatch.setattr(logprobs, "LOSS_CHUNK", 128)
 
-    def loss(hidden_BTD, head_DV, targets_BT, mask_BT, argnums=(0, 1)):
+    def loss(hidden_BTD, head_DV, targets_BT, mask_BT):
         temperature_B = jnp.ones(len(hidden_BTD))
         return token_loss(jnp.negative, hidden_BTD, head_DV, targets_BT, temperature_B, 128, mask_BT, splits)[0]
 
