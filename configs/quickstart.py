@@ -10,7 +10,7 @@ from orchestra_jax.config import RunConfig
 
 def get_config() -> RunConfig:
     config = RunConfig()
-    # "Outcome first" learns slowest, from right and wrong alone; "local" has least to learn. In order: data.preferences.
+    # In the order of data.preferences: "outcome first" learns slowest, from right and wrong alone, "local" fastest.
     config.data.preference_shares = (0.34, 0.16, 0.16, 0.24, 0.10)
     config.grpo.rollout_lag = 1  # fills the second core
     # One rollout in a thousand is malformed behind the warm start, and reasons are long in this small vocabulary.

@@ -40,7 +40,8 @@ class DrawInstance:
         return self.draw(task, np.random.default_rng(seed))
 
     def draw(self, task: Task, rng: np.random.Generator) -> Instance:
-        number = rng.choice(len(self.preferences), p=self.shares) if self.shares else rng.integers(len(self.preferences))
+        count = len(self.preferences)
+        number = rng.choice(count, p=self.shares) if self.shares else rng.integers(count)
         preference = self.preferences[int(number)]
         return make_instance(task, preference, self.world, int(rng.integers(2**31)), self.world.training_pool)
 
