@@ -16,7 +16,6 @@ def get_config() -> RunConfig:
     config = quickstart.get_config()
     config.environment = "functions"
     config.data.preference_shares = ()
-    config.grpo.rollout_lag = 0
     config.prompt.tokenizer_directory = str(SMALL_TOKENIZER_DIRECTORY.parent / "functions_tokenizer")
     config.functions.num_people, config.functions.num_things, config.functions.num_places = 20, 40, 2
     config.functions.difficulties = (1, 2, 3)

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "cispo": {"grpo.num_updates": 2, "grpo.ratio": "cispo"},
     "sequence_correction": {"grpo.correction": "sequence"},
-    "no_correction": {"grpo.correction": "none", "grpo.rollout_lag": 0},  # which the correction accounts for
+    "no_correction": {"grpo.correction": "none"},
     "kl_k3": {"grpo.kl": "k3"},
     "kl_in_reward": {"grpo.kl": "k1_reward"},
     "paper_filters": {"grpo.filters": "paper"},

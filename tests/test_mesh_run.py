@@ -20,7 +20,6 @@ axis, directory = sys.argv[1], pathlib.Path(sys.argv[2])
 assert jax.device_count() == 2
 config = get_config()
 setattr(config.mesh, axis, 2)
-config.grpo.rollout_lag = 0  # engine and update share the devices
 config.warm_start.num_steps, config.evaluation.num_per_preference = 10, 8
 config.grpo.min_group_std, config.grpo.entropy_coefficient = 0.0, 0.01  # every step moves the weights
 restored, restore = [], training.restore
