@@ -14,6 +14,7 @@ import pathlib
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import GrpoConfig, RunConfig
+from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.environments.question_answering import reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.world import check_pools
@@ -128,6 +129,7 @@ def check_config(config: RunConfig) -> None:
     for name, optimizer in (("warm_start", config.warm_start.optimizer), ("grpo", config.grpo.optimizer)):
         check_optimizer(optimizer, f"{name}.optimizer")
     _check_reward(config)
+    _check_shares(config)
     _check_what_does_nothing(config.grpo)
     _check_lag(config)
     _check_numbers(config)
@@ -205,6 +207,19 @@ def _check_mesh(config: RunConfig) -> None:
         )
 
 
+def _check_shares(config: RunConfig) -> None:
+    shares = config.data.preference_shares
+    if not shares:
+        return
+    if config.environment != "question_answering":
+        raise ValueError(
+            f"data.preference_shares {shares} with environment {config.environment!r}, which has preferences of its "
+            "own: leave them empty"
+        )
+    if len(shares) != len(PREFERENCES) or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
+        raise ValueError(f"data.preference_shares {shares} must be numbers, 0 or more: of {', '.join(PREFERENCES)}")
+
+
 def _check_lag(config: RunConfig) -> None:
     settings = config.grpo
     lag = settings.rollout_lag
@@ -228,7 +243,7 @@ def _check_lag(config: RunConfig) -> None:
     if lag and is_on_mesh and (config.engine == "jax" or settings.kl == KL_IN_REWARD):
         raise ValueError(
             f"grpo.rollout_lag {lag} on a mesh needs engine 'sglang' and a grpo.kl of the loss, not {config.engine!r} "
-            f"and {settings.kl!r}: both would run on the trainer's devices beside the update"
+            f"and {settings.kl!r}: both would run on the trainer's devices beside the update. Set it to 0"
         )
 
 

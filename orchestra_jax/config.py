@@ -24,6 +24,7 @@ class DataConfig:
     num_test_tasks_per_cell: int = 60
     corpus_path: str = ""  # a JSONL file or a folder of text; empty: built from the tables
     weights: tuple[float, ...] = ()  # outcome, cost_usd, latency_s of one preference in the place of the five
+    preference_shares: tuple[float, ...] = ()  # of the five among training instances, in any unit; empty: equal
     seed: int = 0
 
 

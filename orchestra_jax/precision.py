@@ -108,6 +108,24 @@ def _round_stochastically(tree, key):
 
 def _round_leaf(x, key):
     # A bfloat16 is the upper half of a float32: add a random lower half, then cut it off.
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_random_words(x.shape, key) >> 16)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
+
+
+def _random_words(shape, key):
+    """A 32-bit word for each place, a hash of the place and of the key.
+
+    jax.random's own bits cost a hundred operations a parameter, and an update on a GPU would wait for them more than
+    for memory; nothing secret hangs on these.
+    """
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return _mixed(_mixed(place) ^ jax.random.bits(key, (), jnp.uint32))
+
+
+def _mixed(x):
+    """Every bit of the result hangs on every bit of `x` (C. Wellons' lowbias32, prospecting for hash functions)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
-from orchestra_jax.precision import RECIPES, cast_parameters, with_precision
+from orchestra_jax.precision import RECIPES, _random_words, cast_parameters, with_precision
 
 RATE, NUM_STEPS = 1e-6, 10
 
@@ -104,3 +104,19 @@ def test_small_updates_add_up_in_the_master_copy():
     np.testing.assert_array_equal(moved["plain"], np.ones(3))
     np.testing.assert_array_equal(moved["master"], state.master.astype(jnp.bfloat16))
     np.testing.assert_allclose(state.master, 0.9, rtol=1e-5)
+
+
+def test_the_words_of_stochastic_rounding_are_even_and_hang_on_place_and_step():
+    """2^18 words: a bit is set in half of them, two bits agree in half of them, give or take 5 deviations of 2^-10."""
+    shape, tolerance = (64, 64, 64), 5 * 2**-10
+    first, second = (np.asarray(_random_words(shape, jax.random.key(seed))).ravel() for seed in (0, 1))
+    bits = np.stack([(first >> n) & 1 for n in range(32)]).astype(np.float64)
+    np.testing.assert_allclose(bits.mean(axis=1), 0.5, atol=tolerance)
+    agreement = (bits @ bits.T + (1 - bits) @ (1 - bits).T) / bits.shape[1]
+    np.testing.assert_allclose(agreement[np.triu_indices(32, 1)], 0.5, atol=tolerance)
+    # A place's word says nothing of its neighbours', in any direction, nor of its own in the next step.
+    uniform = first / 2.0**32
+    for other in (*(np.roll(uniform, stride) for stride in (1, 64, 64 * 64)), second / 2.0**32):
+        assert abs(np.corrcoef(uniform, other)[0, 1]) < tolerance
+    counts = np.bincount((first >> 16).astype(np.int64) // 1024, minlength=64)  # of the half that is added
+    assert ((counts - first.size / 64) ** 2 / (first.size / 64)).sum() < 120  # chi-squared of 63: beyond 120 in 2e-5

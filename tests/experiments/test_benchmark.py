@@ -1,6 +1,7 @@
 """The dispatcher of the benchmarks, and the step compiled ahead of time for simulated devices."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -55,3 +56,24 @@ def test_a_step_compiles_for_gpus_that_are_not_there():
     assert h200["gradients_temporary_bytes_per_device"] < cpu["gradients_temporary_bytes_per_device"]
     # Forward, forward again, backward; on a CPU there is none.
     assert (h200["gradients_cudnn_attentions"], cpu["gradients_cudnn_attentions"]) == (3, 0)
+
+
+@pytest.mark.slow
+def test_the_train_step_at_qwen3s_vocabulary_holds_half_of_what_the_peer_holds():
+    result = run_suite("--suite=train_step", "--option=num_steps=1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads(result.stdout)
+    assert figures["temporary_bytes"] < 2_493_464_248 / 2  # google-tunix at c7d8950f: docs/benchmarks.md
+    assert figures["loss_nats"] == pytest.approx(math.log(151_936), rel=0.05)  # fresh weights know nothing
+    assert figures["tokens_per_cpu_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--option=lora_rank=2", "--option=precision=float32")])
+def test_the_grpo_step_of_a_published_size_runs_on_any_device(options):
+    sizes = ("--option=model=tiny", "--option=num_tokens=64", "--option=chunk=32", "--option=num_steps=1")
+    result = run_suite("--suite=grpo_step", *sizes, *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads(result.stdout)
+    assert figures["reference_tflop"] * (2 if options else 3) <= figures["update_tflop"]
+    assert 0 < figures["update_s"] < figures["step_s"] and math.isfinite(figures["loss"])
