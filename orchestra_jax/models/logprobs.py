@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 # On a CPU a block of the head and its logits should stay in a core's cache: 1.5 times as fast as all 151,936 at once.
 VOCAB_BLOCK = 1024
@@ -276,13 +277,23 @@ def _sum_of_losses(loss_of, is_scored, logprobs, per_token):
 
 
 def _loss_forward(shape, loss_of, hidden_SND, head_DV, tokens, per_token_SM):
-    """The primal's results and, as residuals, the gradients of the sum; a chunk of tokens over all blocks at a time."""
+    """The primal's results and, as residuals, the gradients of the sum; a chunk of tokens over all blocks at a time.
+
+    A head that is frozen (low-rank factors) has no gradient, None.
+    """
+    needs_head_gradient = head_DV.perturbed
+    hidden_SND, head_DV, tokens, per_token_SM = jax.tree.map(
+        lambda primal: primal.value, (hidden_SND, head_DV, tokens, per_token_SM)
+    )
     packed_SMD, is_scored_SM = _pack(hidden_SND, tokens)
     num_shards, vocab_size = len(hidden_SND), head_DV.shape[1]
     num_blocks = -(-vocab_size // shape.block)
 
     def add_chunk(number, carry):
         total, scores, hidden_gradient_SMD, head_gradient_SDV, weight_KSWC = carry
+        carried_KSWC = weight_KSWC
+        if weight_KSWC is None:
+            weight_KSWC = jnp.zeros(weight_dims, jnp.float32)
         hidden_SWD, targets_SW, temperature_SW, is_scored_SW, *per_token_SW = _parts(
             number, shape.width, packed_SMD, tokens.targets_SM, tokens.temperature_SM, is_scored_SM, *per_token_SM
         )
@@ -311,6 +322,8 @@ def _loss_forward(shape, loss_of, hidden_SND, head_DV, tokens, per_token_SM):
             gradient_SWC += jnp.where(_is_target(columns_C, targets_SW), factor_SW[:, :, None], 0.0)
             gradient_SWC = gradient_SWC.astype(hidden_SWD.dtype)
             hidden_gradient_SWD += _product("SWC,DC->SWD", gradient_SWC, head_DC)
+            if not needs_head_gradient:
+                return hidden_gradient_SWD, None
             block_gradient_SDC = _product("SWD,SWC->SDC", hidden_SWD, gradient_SWC)
             return hidden_gradient_SWD, _add_to_columns(head_gradient_SDV, block_gradient_SDC, block, shape)
 
@@ -320,29 +333,34 @@ def _loss_forward(shape, loss_of, hidden_SND, head_DV, tokens, per_token_SM):
         )
         scores = [_put(x_SM, x_SW, number) for x_SM, x_SW in zip(scores, scores_SW, strict=True)]
         hidden_gradient_SMD = _put(hidden_gradient_SMD, hidden_gradient_SWD, number)
+        weight_KSWC = None if carried_KSWC is None else weight_KSWC
         return total + loss, scores, hidden_gradient_SMD, head_gradient_SDV, weight_KSWC
 
     zeros_SM = jnp.zeros(is_scored_SM.shape, jnp.float32)
+    weight_dims = (num_blocks, num_shards, shape.width, shape.block)
     carry = (
         jnp.float32(0),
         [zeros_SM] * (2 if shape.has_entropy else 1),
         jnp.zeros(packed_SMD.shape, jnp.float32),
-        jnp.zeros((num_shards, *head_DV.shape), jnp.float32),
-        # Made once: a buffer of each chunk's own would be filled with zeros for each.
-        jnp.zeros((num_blocks, num_shards, shape.width, shape.block), jnp.float32),
+        jnp.zeros((num_shards, *head_DV.shape), jnp.float32) if needs_head_gradient else None,
+        # Made once: a buffer of each chunk's own would be filled with zeros for each. A single block needs none.
+        jnp.zeros(weight_dims, jnp.float32) if num_blocks > 1 else None,
     )
     total, scores, hidden_gradient_SMD, head_gradient_SDV, _ = jax.lax.fori_loop(0, tokens.num_chunks, add_chunk, carry)
     hidden_gradient_SND = _unpack(hidden_gradient_SMD, tokens, hidden_SND)
-    return (total, *scores), (hidden_gradient_SND, head_gradient_SDV.sum(axis=0).astype(head_DV.dtype))
+    head_gradient_DV = head_gradient_SDV.sum(axis=0).astype(head_DV.dtype) if needs_head_gradient else None
+    return (total, *scores), (hidden_gradient_SND, head_gradient_DV)
 
 
 def _loss_backward(shape, loss_of, gradients, cotangents):
-    by_total, *_ = cotangents
-    hidden_gradient_SND, head_gradient_DV = ((by_total * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
-    return hidden_gradient_SND, head_gradient_DV, None, None
+    by_total, *_ = cotangents  # scores have none
+    if isinstance(by_total, SymbolicZero):
+        return None, None, None, None
+    scaled = jax.tree.map(lambda x: (by_total * x.astype(jnp.float32)).astype(x.dtype), gradients)
+    return *scaled, None, None
 
 
-_packed_loss.defvjp(_loss_forward, _loss_backward)
+_packed_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
 def _logit_gradient(log_probability_SWC, is_target_SWC, by_logprob_SW, by_entropy_SW=None, entropy_SW=None):
