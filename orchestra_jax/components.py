@@ -14,7 +14,6 @@ import pathlib
 
 from orchestra_jax.chat import Chat, load_chat
 from orchestra_jax.config import GrpoConfig, RunConfig
-from orchestra_jax.data.preferences import PREFERENCES
 from orchestra_jax.environments.question_answering import reference_objectives
 from orchestra_jax.environments.rollout import RolloutConfig
 from orchestra_jax.experts.world import check_pools
@@ -129,7 +128,6 @@ def check_config(config: RunConfig) -> None:
     for name, optimizer in (("warm_start", config.warm_start.optimizer), ("grpo", config.grpo.optimizer)):
         check_optimizer(optimizer, f"{name}.optimizer")
     _check_reward(config)
-    _check_shares(config)
     _check_what_does_nothing(config.grpo)
     _check_lag(config)
     _check_numbers(config)
@@ -205,19 +203,6 @@ def _check_mesh(config: RunConfig) -> None:
         raise ValueError(
             f"mesh.tensor {mesh.tensor} must divide the {num_kv_heads} key-value heads of {config.model!r}"
         )
-
-
-def _check_shares(config: RunConfig) -> None:
-    shares = config.data.preference_shares
-    if not shares:
-        return
-    if config.environment != "question_answering":
-        raise ValueError(
-            f"data.preference_shares {shares} with environment {config.environment!r}, which has preferences of its "
-            "own: leave them empty"
-        )
-    if len(shares) != len(PREFERENCES) or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
-        raise ValueError(f"data.preference_shares {shares} must be numbers, 0 or more: of {', '.join(PREFERENCES)}")
 
 
 def _check_lag(config: RunConfig) -> None:

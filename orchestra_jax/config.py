@@ -24,7 +24,6 @@ class DataConfig:
     num_test_tasks_per_cell: int = 60
     corpus_path: str = ""  # a JSONL file or a folder of text; empty: built from the tables
     weights: tuple[float, ...] = ()  # outcome, cost_usd, latency_s of one preference in the place of the five
-    preference_shares: tuple[float, ...] = ()  # of the five among training instances, in any unit; empty: equal
     seed: int = 0
 
 
@@ -191,7 +190,7 @@ class GrpoConfig:
     final_kl_coefficient: float = 0.1
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
-    logprob_chunk: int = 256
+    logprob_chunk: int = 256  # tokens whose logits exist at a time; on a CPU 512 where models/token_loss.py serves
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=6e-4, falling_share=0.7)
     )

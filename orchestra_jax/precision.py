@@ -109,11 +109,12 @@ def _round_stochastically(tree, key):
 def _round_leaf(x, key):
     # A bfloat16 is the upper half of a float32: add a random lower half, then cut it off.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_random_words(x.shape, key) >> 16)
-    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)  # of a NaN the sum may be any number, 0 too
 
 
 def _random_words(shape, key):
-    """A 32-bit word for each place, a hash of the place and of the key.
+    """A 32-bit word for each place, a hash of the place (modulo 2^32) and of the key.
 
     jax.random's own bits cost a hundred operations a parameter, and an update on a GPU would wait for them more than
     for memory; nothing secret hangs on these.

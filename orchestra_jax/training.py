@@ -122,9 +122,7 @@ def make_batches(config: RunConfig, parts: Components, num_groups: int, seed: in
     `get_state`."""
     if parts.train_parts:
         return InstanceStream(parts.train_parts, num_groups, seed)
-    return make_training_iterator(
-        parts.train_tasks, parts.preferences, config.world, num_groups, seed, parts.preference_shares
-    )
+    return make_training_iterator(parts.train_tasks, parts.preferences, config.world, num_groups, seed)
 
 
 def warm_start(config: RunConfig, parts: Components, directory: RunDirectory) -> Progress:

@@ -45,7 +45,6 @@ class World:
     preferences: tuple[Preference, ...]
     demonstrated_turn: DemonstratedTurn  # of the warm start
     train_parts: tuple[Part, ...] = ()  # of files, mixed by weight; if there are any, there are no `train_tasks`
-    preference_shares: tuple[float, ...] = ()  # of `preferences` among training instances; empty: equal
 
 
 def build_preferences(weights: tuple[float, ...]) -> tuple[Preference, ...]:
@@ -71,7 +70,6 @@ def _build_questions(config: RunConfig, account: Account, opened: contextlib.Exi
         build_tasks("test", config.data.num_test_tasks_per_cell, config.data.seed),
         build_preferences(config.data.weights),
         question_turn,
-        preference_shares=() if config.data.weights else config.data.preference_shares,
     )
 
 

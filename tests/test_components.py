@@ -63,12 +63,6 @@ def test_the_parts_follow_the_config():
         ("tools.limits_path", "/nowhere.json", "the limits file /nowhere.json is not understood"),
         ("faults.fail_rate", 2.0, "faults.fail_rate must be within 0 and 1, got 2.0"),
         ("data.weights", (0.5, 0.5), r"data.weights \(0.5, 0.5\) must be three weights"),
-        (
-            "data.preference_shares",
-            (1.0, 2.0),
-            r"data.preference_shares \(1.0, 2.0\) must be numbers, 0 or more: of out",
-        ),
-        ("data.preference_shares", (0.0,) * 5, "data.preference_shares .* must be numbers, 0 or more"),
         ("data.num_tasks_per_cell", 10**6, "num_per_cell=1000000, but .* ask for at most"),
         ("grpo.range_rule", "grup", r"grpo.range_rule 'grup' is not one of \['correct', 'group', 'reference'\]"),
         ("grpo.aggregation", "mean", r"grpo.aggregation 'mean' is not one of \["),

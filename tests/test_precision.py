@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
-from orchestra_jax.precision import RECIPES, _random_words, cast_parameters, with_precision
+from orchestra_jax.precision import RECIPES, _random_words, _round_leaf, cast_parameters, with_precision
 
 RATE, NUM_STEPS = 1e-6, 10
 
@@ -120,3 +120,10 @@ def test_the_words_of_stochastic_rounding_are_even_and_hang_on_place_and_step():
         assert abs(np.corrcoef(uniform, other)[0, 1]) < tolerance
     counts = np.bincount((first >> 16).astype(np.int64) // 1024, minlength=64)  # of the half that is added
     assert ((counts - first.size / 64) ** 2 / (first.size / 64)).sum() < 120  # chi-squared of 63: beyond 120 in 2e-5
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000])
+def test_a_nan_is_rounded_to_a_nan(bits):
+    """The first is what arithmetic on an NVIDIA GPU gives: a random half added to it would make it 0."""
+    x = jax.lax.bitcast_convert_type(jnp.full(64, bits, jnp.uint32), jnp.float32)
+    assert jnp.isnan(_round_leaf(x, jax.random.key(0)).astype(jnp.float32)).all()

@@ -34,15 +34,12 @@ class DrawInstance:
 
     preferences: tuple[Preference, ...]
     world: WorldConfig
-    shares: tuple[float, ...] = ()  # of the preferences, adding up to 1; empty: equal
 
     def __call__(self, task: Task, seed: int) -> Instance:
         return self.draw(task, np.random.default_rng(seed))
 
     def draw(self, task: Task, rng: np.random.Generator) -> Instance:
-        count = len(self.preferences)
-        number = rng.choice(count, p=self.shares) if self.shares else rng.integers(count)
-        preference = self.preferences[int(number)]
+        preference = self.preferences[int(rng.integers(len(self.preferences)))]
         return make_instance(task, preference, self.world, int(rng.integers(2**31)), self.world.training_pool)
 
 
@@ -55,24 +52,15 @@ class _MakeInstance(grain.transforms.RandomMap):
 
 
 def make_training_iterator(
-    tasks: Sequence[Task],
-    preferences: Sequence[Preference],
-    world: WorldConfig,
-    num_groups: int,
-    seed: int,
-    shares: Sequence[float] = (),
+    tasks: Sequence[Task], preferences: Sequence[Preference], world: WorldConfig, num_groups: int, seed: int
 ) -> grain.DatasetIterator:
-    """Endless batches, each a list of `num_groups` instances; experts from the world's training pool, if it has one.
-
-    shares: of the preferences, in order, in any unit; empty: equal.
-    """
-    shares = tuple(share / sum(shares) for share in shares)
+    """Endless batches, each a list of `num_groups` instances; experts from the world's training pool, if it has one."""
     dataset = (
         grain.MapDataset.source(tasks)
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(_MakeInstance(DrawInstance(tuple(preferences), world, shares)))
+        .random_map(_MakeInstance(DrawInstance(tuple(preferences), world)))
         .batch(num_groups, batch_fn=list)
     )
     return iter(dataset.to_iter_dataset(_NOTHING_AHEAD))

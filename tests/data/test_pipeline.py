@@ -18,8 +18,8 @@ TASKS = tuple(
 )
 
 
-def iterator(seed=0, tasks=TASKS, preferences=PREFERENCE_LIST, shares=()):
-    return make_training_iterator(tasks, preferences, CONFIG, NUM_GROUPS, seed, shares)
+def iterator(seed=0, tasks=TASKS, preferences=PREFERENCE_LIST):
+    return make_training_iterator(tasks, preferences, CONFIG, NUM_GROUPS, seed)
 
 
 def batches(source, num_batches):
@@ -93,12 +93,3 @@ def test_evaluation_plays_the_same_draws_under_every_preference():
     repeated = [i for i in blocks[0] if counts[i.task.task_id] == 2]
     assert len({(i.task.task_id, i.seed) for i in repeated}) == 20  # a task that comes again is drawn anew
     assert made != evaluation_instances(TASKS, PREFERENCE_LIST, CONFIG, 40, seed=10)
-
-
-def test_preferences_are_drawn_by_their_shares():
-    shares = (3.0, 1.0, 0.0, 2.0, 2.0)  # of 8
-    flat = [instance for batch in batches(iterator(shares=shares), 200) for instance in batch]
-    counts = collections.Counter(instance.preference.name for instance in flat)
-    for name, share in zip(PREFERENCES, shares, strict=True):
-        expected = len(flat) * share / 8
-        assert abs(counts[name] - expected) <= 4 * expected**0.5, name
