@@ -15,7 +15,6 @@ from orchestra_jax.config import RunConfig
 def get_config() -> RunConfig:
     config = quickstart.get_config()
     config.environment = "functions"
-    config.data.preference_shares = ()
     config.prompt.tokenizer_directory = str(SMALL_TOKENIZER_DIRECTORY.parent / "functions_tokenizer")
     config.functions.num_people, config.functions.num_things, config.functions.num_places = 20, 40, 2
     config.functions.difficulties = (1, 2, 3)
