@@ -22,7 +22,8 @@ from orchestra_jax.grpo.train_state import TrainState, state_axes, take_step
 from orchestra_jax.grpo.train_step import score_targets, shares_targets, summed, zero_gradients
 from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
-from orchestra_jax.models.logprobs import token_logprobs, token_loss
+from orchestra_jax.models.logprobs import token_logprobs
+from orchestra_jax.models.token_loss import token_loss
 
 
 @functools.partial(compilation.jit, static_argnames=("config", "chunk"), donate_argnames="gradients")

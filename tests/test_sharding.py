@@ -49,8 +49,9 @@ from orchestra_jax.grpo.batching import MicroBatch
 from orchestra_jax.grpo.train_state import init_state, place_state, state_axes
 from orchestra_jax.grpo.train_step import LossSettings, train_step
 from orchestra_jax.optimizers import OptimizerConfig, make_optimizer
-from orchestra_jax.models import attention, huggingface, kv_cache, logprobs, lora, transformer
+from orchestra_jax.models import attention, huggingface, kv_cache, logprobs, lora, transformer, vocabulary
 from orchestra_jax.models.config import MODELS
+from orchestra_jax.models.token_loss import token_loss
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8
@@ -67,11 +68,11 @@ def loss(params, prompts, tokens):
     positions = jnp.broadcast_to(jnp.arange(6, 12), (8, 6))
     hidden, _ = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens), cache)
     head = transformer.head_weights(params, config)
-    splits = logprobs.Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
+    splits = vocabulary.Splits(sharding.num_splits("batch"), sharding.num_splits("vocab"))
     mask = tokens % 3 > 0
     rest = (hidden, head, tokens, jnp.ones(8), 16, mask, splits)
     weights = jnp.linspace(-1, 1, 48).reshape(8, 6)
-    total, _ = logprobs.token_loss(lambda score, weight: weight * score**2, *rest, per_token=(weights,))
+    total, _ = token_loss(lambda score, weight: weight * score**2, *rest, per_token=(weights,))
     return logprobs.token_logprobs(*rest).mean() + total / 48
 
 expected = jax.jit(jax.value_and_grad(loss))(params, prompts, tokens)

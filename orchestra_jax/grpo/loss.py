@@ -273,7 +273,7 @@ def elementwise_loss(
     kl: str,
     segment_ids_BT: jax.Array | None = None,
 ) -> tuple[Callable, tuple[jax.Array, ...]]:
-    """`grpo_loss` where `is_elementwise`: (loss_of, per_token), as models.logprobs.token_loss takes them.
+    """`grpo_loss` where `is_elementwise`: (loss_of, per_token), as models.token_loss takes them.
 
     The sum of loss_of(logprobs, *per_token) over the masked-in tokens is the loss. old_logprobs_BT: None says that old
     is current. The other arguments are those of `grpo_loss`.

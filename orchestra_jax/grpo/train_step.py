@@ -30,8 +30,10 @@ from orchestra_jax.grpo.train_state import TrainState, state_axes, take_step
 from orchestra_jax.models import compilation, lora
 from orchestra_jax.models.config import ModelConfig
 from orchestra_jax.models.kv_cache import shared_prefix_cache
-from orchestra_jax.models.logprobs import Splits, token_logprobs, token_logprobs_and_entropy, token_loss
+from orchestra_jax.models.logprobs import token_logprobs, token_logprobs_and_entropy
+from orchestra_jax.models.token_loss import token_loss
 from orchestra_jax.models.transformer import Transformer, head_weights
+from orchestra_jax.models.vocabulary import Splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ def shares_targets(batch: MicroBatch | PackedBatch) -> bool:
 
 
 def score_targets(function, params, batch: MicroBatch | PackedBatch, temperature, config: ModelConfig, chunk: int):
-    """What `function` (of models.logprobs) says of the targets where the loss mask is set, under `params`."""
+    """What `function` of models.logprobs or token_loss says of the targets in the loss mask, under `params`."""
     inputs = loss_inputs(batch)
 
     def score(hidden_BCD, targets_BC, mask_BC):
