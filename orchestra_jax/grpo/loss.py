@@ -276,7 +276,7 @@ def elementwise_loss(
     """`grpo_loss` where `is_elementwise`: (loss_of, per_token), as models.token_loss takes them.
 
     The sum of loss_of(logprobs, *per_token) over the masked-in tokens is the loss. old_logprobs_BT: None says that old
-    is current. The other arguments are those of `grpo_loss`.
+    is current. The other arguments are those of `grpo_loss`; without a reference the KL coefficient is not read.
     """
     assert is_elementwise(ratio, correction, entropy_coefficient), (ratio, correction, entropy_coefficient)
     check_clips(clip_low, clip_high, dual_clip, correction_clip)
