@@ -163,16 +163,23 @@ def gradients_and_calls(monkeypatch, batch, old, reference, loss_settings, is_fu
         return add(None, fixed_params(), batch, old, reference, 0.9, 0.1, 3.0), len(calls)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("ratio", "correction", "kl", "aggregation", "shape"),
+    ("ratio", "correction", "kl", "aggregation", "shape", "is_on_policy"),
     [
-        ("token", "token", "k2", "rollout_mean", "packed"),
-        ("cispo", "none", "k3", "token_mean", "packed"),
-        ("token", "none", "k3", "constant", "shared prompts"),
-        ("cispo", "token", "k2", "sequence_mean", "shared prompts"),
+        ("token", "token", "k2", "rollout_mean", "packed", False),
+        ("cispo", "token", "k2", "sequence_mean", "shared prompts", True),
+        slow("token", "token", "k2", "rollout_mean", "packed", True),
+        slow("cispo", "none", "k3", "token_mean", "packed", True),
+        slow("cispo", "none", "k3", "token_mean", "packed", False),
+        slow("token", "none", "k3", "constant", "shared prompts", True),
+        slow("token", "none", "k3", "constant", "shared prompts", False),
+        slow("cispo", "token", "k2", "sequence_mean", "shared prompts", False),
     ],
 )
-@pytest.mark.parametrize("is_on_policy", [True, False])
 def test_the_loss_of_tokens_alone_has_the_gradients_of_the_loss_of_rollouts(
     monkeypatch, ratio, correction, kl, aggregation, shape, is_on_policy
 ):
