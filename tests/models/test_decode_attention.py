@@ -41,6 +41,7 @@ def test_the_kernel_equals_plain_attention_when_interpreted(monkeypatch):
     check(jnp.float32, 1e-5, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpreted on a CPU alone")
 def test_the_model_decodes_with_the_kernel_as_without(monkeypatch):
     """Rows at work and one at rest, at lengths of their own; the cache of all layers."""
