@@ -203,9 +203,7 @@ def add_gradients(
     reference_logprobs_BC: None leaves the KL term out, whatever its coefficient.
     base_params: the frozen weights, if `params` are low-rank factors beside them.
     """
-
     inputs = loss_inputs(batch)
-
     given = (inputs.sampler_logprobs_BC, reference_logprobs_BC, inputs.advantages, inputs.loss_mask_BC)
     options = {
         "denominator": denominator,
@@ -213,7 +211,10 @@ def add_gradients(
         "segment_ids_BT": inputs.segment_ids_BC,
         **settings.of_the_loss(),
     }
-    is_alone = is_elementwise(settings.ratio, settings.correction, settings.entropy_coefficient)
+    # Then its gradient can be taken where the token is scored.
+    is_loss_of_one_token = not shares_targets(batch) and is_elementwise(
+        settings.ratio, settings.correction, settings.entropy_coefficient
+    )
 
     def loss_function(params):
         weights = lora.attach(params, base_params)
@@ -221,10 +222,10 @@ def add_gradients(
             score_targets, params=weights, batch=batch, temperature=temperature, config=config,
             chunk=settings.logprob_chunk,
         )  # fmt: skip
-        if is_alone and not shares_targets(batch):
+        if is_loss_of_one_token:
             loss_of, per_token = elementwise_loss(old_logprobs_BC, *given, **options)
-            scored = functools.partial(token_loss, loss_of, per_token=per_token, has_entropy=True)
-            loss, (logprobs_BC, entropy_BC) = score(scored)
+            sum_losses = functools.partial(token_loss, loss_of, per_token=per_token, has_entropy=True)
+            loss, (logprobs_BC, entropy_BC) = score(sum_losses)
         else:
             loss, (logprobs_BC, entropy_BC) = None, score(token_logprobs_and_entropy)
         old_BC = jax.lax.stop_gradient(logprobs_BC) if old_logprobs_BC is None else old_logprobs_BC
