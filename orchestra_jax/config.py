@@ -143,7 +143,7 @@ class GrpoConfig:
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     rollout_lag: int = 0  # 1: the next step's rollouts are played beside the update, by the weights before (sampler.py)
-    groups_per_update: int = 16  # an optimizer step for each so many kept groups of the step's rollouts
+    groups_per_update: int = 16  # an optimizer step for each so many groups of a step, on those of them that are kept
     groups_per_micro_batch: int = 4  # gradients are summed over micro-batches of this size
     # Padded lengths: of what a group's rollouts share, its last token not counted, and of the rest of each.
     prefix_buckets: tuple[int, ...] = (64, 112)

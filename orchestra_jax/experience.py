@@ -111,6 +111,8 @@ def split_into_updates(
 ) -> list[list[MicroBatch | PackedBatch]]:
     """Deals the kept groups out at random to updates of equal size, give or take one, each a list of micro-batches.
 
+    There are as many updates as if all groups had been kept, so that the rate falls over a run as configured, however
+    many the filter drops; fewer only where that would leave one without a group.
     Later updates of a step are slightly off-policy; the truncated importance correction (old over sampler) is what
     accounts for it. More, smaller optimizer steps on the same rollouts learn much faster here (docs/log.md).
     """
@@ -128,8 +130,13 @@ def split_into_updates(
             scored.trained_PG[kept[part]],
             shape,
         )
-        for part in np.array_split(shuffled, -(-len(numbers) // settings.groups_per_update))
+        for part in np.array_split(shuffled, min(len(numbers), updates_per_step(settings)))
     ]
+
+
+def updates_per_step(settings: GrpoConfig) -> int:
+    """Into how many updates a step's groups are dealt out."""
+    return -(-settings.num_groups // settings.groups_per_update)
 
 
 def kl_coefficient(settings: GrpoConfig, step: int) -> float:

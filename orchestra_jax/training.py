@@ -26,7 +26,7 @@ from orchestra_jax.data.pipeline import InstanceStream, make_training_iterator
 from orchestra_jax.demonstrations import demonstrate
 from orchestra_jax.evaluation.evaluate import current_commit, evaluate_run
 from orchestra_jax.evaluation.functions import evaluate_functions
-from orchestra_jax.experience import Experience, loss_kl_coefficient, make_experience
+from orchestra_jax.experience import Experience, loss_kl_coefficient, make_experience, updates_per_step
 from orchestra_jax.grpo.batching import make_micro_batches
 from orchestra_jax.grpo.filters import rollout_facts
 from orchestra_jax.grpo.train_state import TrainState, init_state
@@ -319,9 +319,8 @@ def lagging_policy(config: RunConfig, parts: Components, progress: Progress) -> 
 
 
 def grpo_optimizer(settings: GrpoConfig):
-    """Its rate decays over the optimizer steps of a run whose filter keeps every group."""
-    updates_per_step = -(-settings.num_groups // settings.groups_per_update) * settings.num_updates
-    return make_optimizer(settings.optimizer, settings.num_steps * updates_per_step)
+    """Its rate falls over all optimizer steps of the run."""
+    return make_optimizer(settings.optimizer, settings.num_steps * updates_per_step(settings) * settings.num_updates)
 
 
 def save(parts: Components, progress: Progress, checkpointer: Checkpointer, data_state, start_s: float) -> None:

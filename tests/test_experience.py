@@ -26,12 +26,13 @@ def test_updates_share_the_kept_groups_out_and_keep_their_advantages():
     advantages_KG = np.array([[number, -number] for number in kept], float)
     valid_PG, no_clip_KG = np.ones((7, 2), bool), np.zeros((5, 2), bool)
     scored = ScoredGroups(np.zeros((7, 2)), valid_PG, valid_PG, kept, advantages_KG, no_clip_KG, {}, ())
-    settings, shape = GrpoConfig(groups_per_update=2, group_size=2), BatchShape(2, 2, (4,), (4,))
+    settings, shape = GrpoConfig(num_groups=7, groups_per_update=2, group_size=2), BatchShape(2, 2, (4,), (4,))
     split = functools.partial(experience.split_into_updates, groups, scored, settings, shape)
     updates = split(seed=0)
-    assert [len(micro_batches) for micro_batches in updates] == [1, 1, 1]
+    # As many as seven kept groups would make: the rate's schedule counts them.
+    assert [len(micro_batches) for micro_batches in updates] == [1, 1, 1, 1]
     rows = [batch.advantages_B[batch.loss_mask_BC.any(axis=1)].tolist() for (batch,) in updates]
-    assert sorted(len(row) // 2 for row in rows) == [1, 2, 2]
+    assert sorted(len(row) // 2 for row in rows) == [1, 1, 1, 2]
     assert sorted(value for row in rows for value in row) == sorted(advantages_KG.ravel().tolist())
     assert [batch.advantages_B.tolist() for (batch,) in split(seed=0)] == [b.advantages_B.tolist() for (b,) in updates]
     assert any(not np.array_equal(a[0].advantages_B, b[0].advantages_B) for a, b in zip(updates, split(seed=1)))
