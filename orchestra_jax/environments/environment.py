@@ -7,7 +7,7 @@ what `open` returns, which the loop hands to the tools and back to `objectives`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from orchestra_jax.data.records import Instance
 from orchestra_jax.experts.judge import Verdict
@@ -42,7 +42,6 @@ class Environment(Protocol):
         ...
 
 
-@runtime_checkable
 class JudgedEnvironment(Environment, Protocol):
     """An environment whose outcome may need a model's verdict: it takes the place of the outcome in `objectives`."""
 

@@ -17,7 +17,7 @@ import numpy as np
 from orchestra_jax import chat as chat_format
 from orchestra_jax.chat import Chat
 from orchestra_jax.data.records import Instance
-from orchestra_jax.environments.environment import Environment, JudgedEnvironment
+from orchestra_jax.environments.environment import Environment
 from orchestra_jax.generation.engine import Completion, Engine, Sampling
 from orchestra_jax.tools.budget import Allowance, rest_text
 from orchestra_jax.tools.ledger import ORCHESTRATOR, Ledger, make_receipt
@@ -131,7 +131,7 @@ async def run_episode(
         status = await _run_turn(episode, instance, rollout_index, environment, engine, chat, config, session_id, seed)
     answer = episode.answer if status == EpisodeStatus.ANSWERED else None
     objectives = environment.objectives(instance, episode.calls, answer, episode.ledger.totals(), episode.state)
-    if answer is not None and isinstance(environment, JudgedEnvironment):
+    if answer is not None and hasattr(environment, "judge"):  # a JudgedEnvironment
         verdict = await environment.judge(instance, answer)
         for receipt in verdict.receipts:
             episode.ledger.charge(receipt)

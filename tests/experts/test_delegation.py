@@ -111,6 +111,17 @@ def test_enhance_reasoning_runs_the_program(sandbox):
         assert (silent.evidence, silent.summary, silent.status) == (Evidence(), "no output", CallStatus.OK)
 
 
+def test_what_a_program_has_printed_before_is_looked_up_without_a_thread(sandbox, monkeypatch):
+    tool = EnhanceReasoning(lambda model: Parrot("print(5 + 6)"), sandbox)
+    assert sandbox.remembered("print(5 + 6)") is None
+    first = run(tool, context(SUM))
+    monkeypatch.setattr(asyncio, "to_thread", None)  # whoever calls it now fails
+    again = run(tool, context(SUM))
+    assert (first.text.strip(), again.text, again.evidence) == ("11", first.text, first.evidence)
+    with pytest.raises(TypeError):
+        run(EnhanceReasoning(lambda model: Parrot("print(5 + 7)"), sandbox), context(SUM))
+
+
 def test_only_answer_ends_the_episode(sandbox):
     assert run(Answer(lambda model: Parrot("x")), context(FACT)).answer == "x"
     assert run(Search(lambda model: Parrot("cat"), LocalSearch(DOCUMENTS)), context(FACT)).answer is None

@@ -64,6 +64,17 @@ def test_what_cannot_be_run_is_refused_with_the_reason_and_costs_nothing(name, a
     assert (tool.num_runs, result.receipt.cost_usd, result.receipt.service_s, result.answer) == (0, 0.0, 0.0, None)
 
 
+def test_arguments_are_checked_once_for_each_tool_and_value():
+    other = Sleeper("nap")
+    other.parameters_schema = {"properties": {"wait_s": {"type": "string"}}}
+    toolbox = Toolbox([Sleeper(), other], timeout_s=5.0)
+    statuses = [call(toolbox, "nap", {"wait_s": value}).status for value in (0, 0)]
+    assert statuses == [CallStatus.REFUSED] * 2 and call(toolbox, "sleep", {"wait_s": 0}).status == CallStatus.OK
+    assert "is not of type" in call(toolbox, "sleep", {"wait_s": "0"}).text  # another value of the same look
+    assert "is not of type" in call(toolbox, "sleep", {"wait_s": True}).text
+    assert toolbox._check_arguments.cache_info().hits == 1
+
+
 def test_a_late_tool_is_a_timeout_that_took_the_limit():
     start_s = time.monotonic()
     result = call(Toolbox([Sleeper()], timeout_s=0.05), arguments={"wait_s": 30})

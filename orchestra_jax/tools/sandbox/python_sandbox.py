@@ -72,13 +72,10 @@ class PythonSandbox:
 
     def run(self, program: str) -> ProgramResult:
         """Runs `program` as a script, or returns the result of an earlier run of the same text."""
-        request = json.dumps({"program": program, **self._limits}).encode()
-        key = hashlib.sha256(request).hexdigest()
-        with self._lock:
-            cached = self._results.get(key)
-        if cached is not None:
-            return cached
-        start_s = time.monotonic()
+        remembered = self.remembered(program)
+        if remembered is not None:
+            return remembered
+        request, start_s = self._request(program), time.monotonic()
         result = self._ask(request)
         if result is None:  # not remembered: it says nothing about the program's own output
             killed = "the process that ran the program was killed"
@@ -86,8 +83,14 @@ class PythonSandbox:
         with self._lock:
             if len(self._results) >= MAX_CACHED_RESULTS:
                 self._results.pop(next(iter(self._results)))  # the oldest: dicts keep their order
-            self._results[key] = result
+            self._results[_key(request)] = result
         return result
+
+    def remembered(self, program: str) -> ProgramResult | None:
+        """The result of an earlier run of the same text, at once; None if there is none."""
+        key = _key(self._request(program))
+        with self._lock:
+            return self._results.get(key)
 
     def close(self) -> None:
         """Ends the server; a later `run` starts a new one."""
@@ -99,6 +102,9 @@ class PythonSandbox:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _request(self, program: str) -> bytes:
+        return json.dumps({"program": program, **self._limits}).encode()
 
     def _ask(self, request: bytes) -> ProgramResult | None:
         for _ in range(2):  # a server that died with the request in its queue is replaced by the second send
@@ -156,3 +162,7 @@ def _read_all(connection: socket.socket) -> bytes:
     while chunk := connection.recv(65_536):
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _key(request: bytes) -> str:
+    return hashlib.sha256(request).hexdigest()
