@@ -29,7 +29,7 @@ from orchestra_jax.types import CallStatus, Reason, ToolCall
 MAX_ARGUMENT_CHARS = 8_192
 MAX_MESSAGE_CHARS = 300
 MAX_NAME_CHARS = 40
-MAX_REMEMBERED_ARGUMENTS = 1_024  # whose check by the schema, a fifth of a millisecond, is not made again
+MAX_REMEMBERED_ARGUMENTS = 1_024  # a policy with few things to say says them over and over
 RESERVED_NAMES = (ORCHESTRATOR, *EXPERIMENT)  # a receipt of theirs is no call's
 NOT_RETRIED = (Reason.SPEND_CAP, Reason.NOT_RECORDED, Reason.OVER_BUDGET)  # another attempt ends the same way
 

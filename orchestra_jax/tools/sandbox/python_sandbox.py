@@ -68,14 +68,14 @@ class PythonSandbox:
         self._lock = threading.Lock()  # guards the server, the control socket and the cache
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._results: dict[str, ProgramResult] = {}
+        self._results: dict[bytes, ProgramResult] = {}  # by _key
 
     def run(self, program: str) -> ProgramResult:
         """Runs `program` as a script, or returns the result of an earlier run of the same text."""
         remembered = self.remembered(program)
         if remembered is not None:
             return remembered
-        request, start_s = self._request(program), time.monotonic()
+        request, start_s = json.dumps({"program": program, **self._limits}).encode(), time.monotonic()
         result = self._ask(request)
         if result is None:  # not remembered: it says nothing about the program's own output
             killed = "the process that ran the program was killed"
@@ -83,14 +83,13 @@ class PythonSandbox:
         with self._lock:
             if len(self._results) >= MAX_CACHED_RESULTS:
                 self._results.pop(next(iter(self._results)))  # the oldest: dicts keep their order
-            self._results[_key(request)] = result
+            self._results[_key(program)] = result
         return result
 
     def remembered(self, program: str) -> ProgramResult | None:
         """The result of an earlier run of the same text, at once; None if there is none."""
-        key = _key(self._request(program))
         with self._lock:
-            return self._results.get(key)
+            return self._results.get(_key(program))
 
     def close(self) -> None:
         """Ends the server; a later `run` starts a new one."""
@@ -102,9 +101,6 @@ class PythonSandbox:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _request(self, program: str) -> bytes:
-        return json.dumps({"program": program, **self._limits}).encode()
 
     def _ask(self, request: bytes) -> ProgramResult | None:
         for _ in range(2):  # a server that died with the request in its queue is replaced by the second send
@@ -164,5 +160,6 @@ def _read_all(connection: socket.socket) -> bytes:
     return b"".join(chunks)
 
 
-def _key(request: bytes) -> str:
-    return hashlib.sha256(request).hexdigest()
+def _key(program: str) -> bytes:
+    """Shorter than the program; which may hold half of a surrogate pair, as JSON from a model can."""
+    return hashlib.sha256(program.encode("utf-8", "surrogatepass")).digest()

@@ -182,3 +182,9 @@ def test_impossible_limits_are_named():
         PythonSandbox(timeout_s=0)
     with pytest.raises(ValueError, match="at least 64 MiB .* got 1024"):
         PythonSandbox(memory_bytes=1024)
+
+
+def test_a_program_with_half_a_surrogate_pair_fails_and_is_remembered(sandbox):
+    program = "print('\ud800')"
+    assert sandbox.run(program).status == ProgramStatus.ERROR
+    assert sandbox.remembered(program) == sandbox.run(program)
