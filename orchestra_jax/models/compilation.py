@@ -2,6 +2,8 @@
 
 On NVIDIA GPUs: the layers' weights are stacked and scanned over. cuBLAS's products read a layer's slice of the stack
 where it lies; Triton's are given a copy of it, which took more than half of a decode step (docs/benchmarks.md).
+On CPUs: XLA's fusion emitters take two fifths of a program's compilation, and what they emit runs no faster
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import threading
 
 import jax
 
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+COMPILER_OPTIONS = {
+    "cpu": {"xla_cpu_use_fusion_emitters": False},
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 
 
 def jit(function, **settings):
