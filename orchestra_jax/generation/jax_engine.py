@@ -43,9 +43,9 @@ class JaxEngineConfig:
 
     num_rows: int = 256  # prefixes that are kept, of sessions between two turns
     max_tokens: int = 192  # of a session, the new ones included
-    row_buckets: tuple[int, ...] = (16, 64)
+    row_buckets: tuple[int, ...] = (16, 48)
     slot_buckets: tuple[int, ...] = (80, 112)
-    chunk_rows: int = 16  # prefixes that a prefill extends at a time
+    chunk_rows: int = 8  # prefixes that a prefill extends at a time
     chunk_buckets: tuple[int, ...] = (20, 48, 88)  # tokens by which it extends them
     steps_per_dispatch: int = 16
 
