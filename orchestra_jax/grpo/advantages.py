@@ -5,11 +5,13 @@
     "rloo"           R_i - mean of the others = n / (n - 1) (R_i - mean)
     "leave_one_out"  (R_i - mean of the others) / (max(std of the others, std_floor) + epsilon)
     "batch"          (R_i - mean) / (max(std, std_floor) + epsilon)    over the valid rollouts of all groups given
+    "batch_std"      (R_i - mean of the group) / (max(std, std_floor) + epsilon), std pooled over all groups given:
+                     the square root of sum (R - mean of its group)^2 / sum (n - ddof), over groups of two or more
 
 Sources: DeepSeekMath (arXiv 2402.03300), as ToolOrchestra uses it; Dr. GRPO (2503.20783); RLOO (2402.14740);
-REINFORCE++ (2501.03262) for the baseline of the batch. Dividing gives a group whose rollouts differ by cents the same
-push as one that holds failures: the homogeneity filter (grpo/filters.py) and the floor are what undo most of that. A
-lone winner has a standard deviation of the others of 0: without a floor "leave_one_out" puts it at the clip.
+REINFORCE++ (2501.03262) for the baseline and the deviation of the batch. Dividing by the group's own gives one whose
+rollouts differ by cents the same push as one that holds failures: the homogeneity filter (grpo/filters.py) and the
+floor undo most of that, "batch_std" all of it. A lone winner has a standard deviation of the others of 0: without a floor "leave_one_out" puts it at the clip.
 
 By hand, rewards 1, 0, 0, 1: "dr_grpo" gives 1/2, -1/2, -1/2, 1/2; "rloo" 2/3, -2/3, -2/3, 2/3; "grpo" with ddof 0 gives
 1, -1, -1, 1, with ddof 1 these times sqrt(3) / 2.
@@ -84,12 +86,20 @@ def _batch(rewards_G, valid_G, std_ddof, epsilon, std_floor):
     return flat.reshape(rewards_G.shape)
 
 
+def _batch_std(rewards_G, valid_G, std_ddof, epsilon, std_floor):
+    deviation_G, _ = _deviations(rewards_G, valid_G, std_ddof)
+    num_valid = valid_G.sum(axis=-1)
+    num_free = np.where(num_valid >= 2, num_valid - std_ddof, 0).sum()
+    return deviation_G / (max(np.sqrt((deviation_G**2).sum() / max(num_free, 1)), std_floor) + epsilon)
+
+
 ADVANTAGES = {
     "grpo": _grpo,
     "dr_grpo": _dr_grpo,
     "rloo": _rloo,
     "leave_one_out": _leave_one_out,
     "batch": _batch,
+    "batch_std": _batch_std,
 }
 
 

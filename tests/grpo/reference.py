@@ -105,6 +105,12 @@ def mean_and_std(values, ddof):
 def advantages(kind, rewards_PG, valid_PG, ddof, epsilon, floor):
     """Before the clip."""
     everything = [r for row, valid in zip(rewards_PG, valid_PG) for r, is_valid in zip(row, valid) if is_valid]
+    squares, num_free = 0.0, 0
+    for row, valid in zip(rewards_PG, valid_PG):
+        values = [r for r, is_valid in zip(row, valid) if is_valid]
+        if len(values) >= 2:
+            squares += sum((r - sum(values) / len(values)) ** 2 for r in values)
+            num_free += len(values) - ddof
     found = np.zeros(np.shape(rewards_PG))
     for p, (row, valid) in enumerate(zip(rewards_PG, valid_PG)):
         alive = [i for i in range(len(row)) if valid[i]]
@@ -122,6 +128,8 @@ def advantages(kind, rewards_PG, valid_PG, ddof, epsilon, floor):
                 found[p, i] = (row[i] - mean) / (max(std, floor) + epsilon)
             elif kind == "dr_grpo":
                 found[p, i] = row[i] - mean
+            elif kind == "batch_std":
+                found[p, i] = (row[i] - mean) / (max(math.sqrt(squares / num_free), floor) + epsilon)
             elif kind == "rloo":
                 found[p, i] = row[i] - sum(others) / len(others)
             elif kind == "leave_one_out":

@@ -35,6 +35,15 @@ def test_the_other_baselines_by_hand():
     np.testing.assert_allclose(batch.advantages_G[1], np.array([1, 1, -1, -1]) / 2 / math.sqrt(2 / 7), rtol=1e-5)
 
 
+def test_one_deviation_for_all_groups_by_hand():
+    rewards_PG = np.array([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.3, 0.3], [0.2, 0.9, 0.9, 0.9]])
+    valid_PG = np.array([[True] * 4, [True] * 4, [True, False, False, False]])
+    # Squares 4 / 4 and 4 / 100 about means of 1/2 and .4, three of four free in each; one alone says nothing.
+    found = group_advantages(rewards_PG, valid_PG, "batch_std", epsilon=0.0)
+    expected_PG = np.array([[0.5, -0.5, -0.5, 0.5], [0.1, 0.1, -0.1, -0.1], [0.0] * 4]) / math.sqrt(1.04 / 6)
+    np.testing.assert_allclose(found.advantages_G, expected_PG, rtol=1e-12)
+
+
 def test_a_lone_winner_is_at_the_clip_unless_the_std_has_a_floor():
     lone_G = np.array([0.0, 0.0, 0.3, 0.0])
     assert group_advantages(lone_G, ALL_VALID, "leave_one_out").advantages_G[2] == 3.0
@@ -80,7 +89,7 @@ def test_scale_changes_nothing_only_with_the_std():
     def scaled(factor, kind):
         return group_advantages(factor * rewards_G, valid_G, kind, epsilon=1e-12).advantages_G
 
-    for kind in ("grpo", "leave_one_out", "batch"):
+    for kind in ("grpo", "leave_one_out", "batch", "batch_std"):
         np.testing.assert_allclose(scaled(100.0, kind), scaled(1.0, kind), rtol=1e-9)
     for kind in ("dr_grpo", "rloo"):
         np.testing.assert_allclose(scaled(0.5, kind), 0.5 * scaled(1.0, kind), rtol=1e-9)
