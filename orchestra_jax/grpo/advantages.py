@@ -11,7 +11,8 @@
 Sources: DeepSeekMath (arXiv 2402.03300), as ToolOrchestra uses it; Dr. GRPO (2503.20783); RLOO (2402.14740);
 REINFORCE++ (2501.03262) for the baseline and the deviation of the batch. Dividing by the group's own gives one whose
 rollouts differ by cents the same push as one that holds failures: the homogeneity filter (grpo/filters.py) and the
-floor undo most of that, "batch_std" all of it. A lone winner has a standard deviation of the others of 0: without a floor "leave_one_out" puts it at the clip.
+floor undo most of that, "batch_std" all of it. A lone winner has a standard deviation of the others of 0: without a
+floor "leave_one_out" puts it at the clip.
 
 By hand, rewards 1, 0, 0, 1: "dr_grpo" gives 1/2, -1/2, -1/2, 1/2; "rloo" 2/3, -2/3, -2/3, 2/3; "grpo" with ddof 0 gives
 1, -1, -1, 1, with ddof 1 these times sqrt(3) / 2.
