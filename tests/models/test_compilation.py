@@ -27,7 +27,6 @@ def test_a_value_that_xla_refuses_is_an_error(options):
     options["xla_llvm_disable_expensive_passes"] = "perhaps"
     with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
         compilation.jit(lambda x: x + 1)(jnp.ones(2))
-    options.clear()
 
 
 def test_a_platform_without_options_has_none(options):
