@@ -12,4 +12,6 @@ def get_config() -> RunConfig:
     config = RunConfig()
     # One rollout in a thousand is malformed behind the warm start, and reasons are long in this small vocabulary.
     config.episode.num_corrections = 0
+    # Groups that differ in cents alone do not push as hard as those that hold failures (docs/log.md, 2026-11-28).
+    config.grpo.advantage = "batch_std"
     return config

@@ -28,6 +28,7 @@ def get_config() -> RunConfig:
     config.world.reference_latency_s = 10.0
     config.warm_start.num_steps = 200
     config.grpo.num_steps = 150
+    config.grpo.advantage = "grpo"  # its figures are of the group's own deviation
     config.grpo.prefix_buckets = (32,)
     config.grpo.completion_buckets = (64,)
     config.evaluation.num_per_preference = 100

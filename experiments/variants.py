@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "chebyshev": {"grpo.reward_form": "chebyshev"},
     "per_objective": {"grpo.reward_form": "per_objective"},
     "constrained": {"grpo.reward_form": "constrained", "grpo.budget_cost_usd": 0.004, "grpo.budget_latency_s": 20.0},
+    "group_std": {"grpo.advantage": "grpo"},
     "dr_grpo": {"grpo.advantage": "dr_grpo"},
     "rloo": {"grpo.advantage": "rloo"},
     "leave_one_out": {"grpo.advantage": "leave_one_out", "grpo.std_floor": 0.1},

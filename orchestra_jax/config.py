@@ -130,7 +130,7 @@ class EpisodeConfig:
 class WarmStartConfig:
     """Supervised steps on demonstrations with a random route."""
 
-    num_steps: int = 450
+    num_steps: int = 500
     num_groups: int = 16
     group_size: int = 4
     groups_per_micro_batch: int = 4
