@@ -6,6 +6,7 @@ Legend: see experiments/tabular_policy.py.
 import numpy as np
 import pytest
 
+from configs import quickstart
 from experiments import tabular_cross
 from experiments.tabular_policy import (
     MAX_CALLS,
@@ -24,6 +25,7 @@ from orchestra_jax.evaluation.significance import permutation_p_value
 from orchestra_jax.grpo.advantages import ADVANTAGES
 from orchestra_jax.grpo.loss import AGGREGATIONS
 from orchestra_jax.grpo.scoring import ScoringSettings
+from orchestra_jax.settings import scoring_settings
 
 COST_USD = STATISTICS.index("cost_usd")
 
@@ -115,6 +117,13 @@ def test_the_cross_is_full_and_the_table_names_every_choice():
     found = {cell: 0.5 for cell in tabular_cross.cross()}
     table = tabular_cross.format_cross(found)
     assert all(name in table for name in (*tabular_cross.CROSS_FORMS, *ADVANTAGES, *AGGREGATIONS))
+
+
+@pytest.mark.slow
+def test_the_quickstarts_own_rewards_and_advantages_teach_a_table_the_optimum():
+    """What the language model misses of it is then not the reward's doing."""
+    scoring = scoring_settings(quickstart.get_config())
+    assert train(scoring, num_steps=400, world=make_world(num_per_preference=20)).score >= 0.95
 
 
 @pytest.mark.slow
