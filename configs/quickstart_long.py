@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart_long.py --workdir=runs/quickstart_long
 
-Seed 0 scores .92 (lowest preference .85) in 70 minutes on two cores and 2.5 GB.
+Seed 0 scores .96 (lowest preference .90) in 62 minutes on two cores, beside other work, and 1.8 GB.
 """
 
 from configs import quickstart
