@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes 13 to 15 minutes on two cores and 2 GB (some days are slower). README.md says what it reaches.
+Takes 13 to 16 minutes on two cores, and 2 GB. README.md says what it reaches.
 """
 
 from orchestra_jax.config import RunConfig
