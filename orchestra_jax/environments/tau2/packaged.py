@@ -14,7 +14,7 @@ import types
 from orchestra_jax.environments.tau2.toolkits import Tau2Domain, Toolkit, base_tasks, check_pinned, digest_files
 
 PACKAGE, PINNED_VERSION = "inspect-evals", "0.26.0"
-# Over the files of a domain's folder: what the figures in the README were taken on.
+# Over the files of a domain's folder: what the figures in docs/functions.md were taken on.
 PINNED_DIGESTS = {"airline": "539dc77797e2", "retail": "174dfccc6eb4", "telecom": "4a1432fa5f7f"}
 
 
