@@ -139,7 +139,7 @@ class WarmStartConfig:
 
 @dataclasses.dataclass
 class GrpoConfig:
-    num_steps: int = 340
+    num_steps: int = 400
     num_groups: int = 64  # instances a step
     group_size: int = 4  # rollouts of each
     rollout_lag: int = 0  # 1: the next step's rollouts are played beside the update, by the weights before (sampler.py)
