@@ -14,6 +14,7 @@ from orchestra_jax.tools.mcp import McpServer, load_servers
 from orchestra_jax.tools.tool import Evidence, ToolContext
 from orchestra_jax.tools.toolbox import Toolbox
 from orchestra_jax.types import CallStatus, Reason, ToolCall
+from tests.ports import free_port
 
 SERVER = pathlib.Path(__file__).with_name("mcp_server.py")
 COMMAND = [sys.executable, str(SERVER)]
@@ -123,12 +124,9 @@ def test_mistakes_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_server_over_http():
-    import socket
     import subprocess
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([*COMMAND, str(port)])
     try:
         made = None

@@ -8,6 +8,7 @@ the servers' own environment.
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ import pathlib
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -165,7 +165,7 @@ class ServerProcess:
         try:
             with urllib.request.urlopen(f"{self.url}/model_info", timeout=ANSWER_TIMEOUT_S) as reply:
                 return "weight_version" in json.loads(reply.read())
-        except (OSError, ValueError, urllib.error.HTTPError):
+        except (OSError, ValueError, http.client.HTTPException):  # the last: whoever answers speaks no HTTP
             return False
 
     def _give_up(self, told: str) -> None:

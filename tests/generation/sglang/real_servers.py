@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import http.client
 import json
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,16 +24,11 @@ from orchestra_jax.generation.engine import Sampling
 from orchestra_jax.generation.sglang_engine import SGLangEngine
 from orchestra_jax.models.transformer import Transformer, head_weights
 from orchestra_jax.models.weight_files import WeightWriter
+from tests.ports import free_port
 
 ROOT = pathlib.Path(__file__).parents[3]
-START_S = 600.0  # half a minute on a quiet machine
+START_S = 600.0  # of two tries; one is half a minute on a quiet machine
 SHARPNESS = 3.0  # of the last norm: a random model is almost uniform without it
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def ask(url, path, body=None, timeout_s=60.0):
@@ -46,7 +41,7 @@ def ask(url, path, body=None, timeout_s=60.0):
 def label(url):
     try:
         return ask(url, "/model_info", timeout_s=5.0)["weight_version"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
 
 
@@ -72,7 +67,7 @@ class Served:
             f"--config.sglang.urls={self.urls}", f"--config.sglang.weights_directory={directory / 'weights'}",
             f"--config.sglang.dtype={dtype}", "--config.serving.device=cpu", "--config.serving.max_running=16",
             f"--config.serving.log_directory={directory}", "--config.serving.memory_fraction=0.2",
-            "--config.engine=sglang",
+            f"--config.serving.start_timeout_s={START_S * 0.4}", "--config.engine=sglang",
         ]  # fmt: skip
         self.config = RunConfig()
         self.config.sglang.urls, self.config.sglang.dtype = self.urls, dtype

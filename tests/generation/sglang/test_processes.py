@@ -26,6 +26,7 @@ from orchestra_jax.generation.sglang.processes import (
 )
 from orchestra_jax.generation.sglang.weight_directory import write_version
 from orchestra_jax.generation.sglang_engine import SGLangConfig
+from tests.ports import free_port
 
 URL = "http://10.0.0.1:30001"
 PROGRAM = f"""#!{sys.executable}
@@ -89,6 +90,22 @@ def test_each_server_has_devices_of_its_own(monkeypatch):
         ServerProcess("python", SGLangConfig(), serving, URL, 2)._environment()
 
 
+def test_what_speaks_no_http_is_no_server():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1_000)
+                connection.sendall(b"GET /model_info\r\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert not ServerProcess("python", SGLangConfig(), ServingConfig(), url, 0)._answers()
+        answering.join()
+
+
 def about(url):
     try:
         with urllib.request.urlopen(f"{url}/model_info", timeout=0.5) as reply:
@@ -113,9 +130,7 @@ def test_a_killed_and_a_hanging_server_start_again_with_the_newest_weights(tmp_p
     program = tmp_path / "python"
     program.write_text(PROGRAM)
     program.chmod(0o755)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{one.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     root = tmp_path / "weights"
     config = SGLangConfig(urls=(url,), weights_directory=str(root))
     prepare_model_directory(config, {"model_type": "qwen3"})

@@ -9,7 +9,8 @@ import pytest
 
 from orchestra_jax.generation.engine import Sampling
 from orchestra_jax.types import StopReason
-from tests.generation.sglang.real_servers import ROOT, ask, free_port, gaps, roll_out, start_turns, wait_for
+from tests.generation.sglang.real_servers import ROOT, ask, gaps, roll_out, start_turns, wait_for
+from tests.ports import free_port
 
 pytestmark = pytest.mark.sglang
 
