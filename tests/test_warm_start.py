@@ -33,8 +33,8 @@ def test_the_warm_start_speaks_the_grammar_and_still_explores(tmp_path):
     calls = [record for each in trajectories for record in each.calls]
     num_without_call = sum(each.status in (EpisodeStatus.MALFORMED, EpisodeStatus.TOKEN_LIMIT) for each in trajectories)
     share = sum(record.status == CallStatus.OK for record in calls) / (len(calls) + num_without_call)
-    # .991, .991 and .990 with three seeds (docs/log.md); what is sampled is not below .99 by two standard errors.
-    assert share >= 0.99 - 2 * np.sqrt(0.99 * 0.01 / len(calls))
+    print(f"{share:.4f} of {len(calls) + num_without_call} turns are well formed and on offer")
+    assert share >= 0.99  # .9911, .9906 and .9903 with seeds 0, 1, 2, standard error .0023 (docs/log.md)
     assert np.mean([each.status == EpisodeStatus.ANSWERED for each in trajectories]) >= 0.985
     restated = [
         restate(instance) in parts.chat.tokenizer.decode(each.tokens[each.num_prompt_tokens :])
